@@ -1,0 +1,7 @@
+"""Loads the fixtures.  Each topic keeps its own in ``tests/support/<topic>.py`` and adds a line here."""
+
+from __future__ import annotations
+
+pytest_plugins = [
+    "tests.support.servers",
+]
