@@ -170,7 +170,7 @@ class Names:
     ) -> list[ClaimResult]:
         """Claim each name that is free, up to 64 in one transaction; one result for each request, in order.
 
-        ``timeout`` bounds each transaction.  Raises LeaseNotFound, StoreUnavailable or StoreAmbiguous: some of
+        ``timeout`` bounds each transaction.  Raises LeaseNotFound, StoreUnavailable, StoreAmbiguous: some of
         the names may be claimed then, and repeating the same requests tells which.
         """
         if len({request.name for request in requests}) != len(requests):
