@@ -1,0 +1,1 @@
+"""An embedded cluster on one machine: etcd and PostgreSQL from Python wheels, hosts as processes."""
