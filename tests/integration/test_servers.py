@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def directory(server_directory: Path, request: pytest.FixtureRequest) -> Path:
-    path = server_directory / request.node.name
+    path = server_directory / str(request.node.name)
     path.mkdir()
     return path
 
