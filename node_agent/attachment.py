@@ -1,0 +1,407 @@
+"""The agent's end of the worker socket: one :class:`Attachment` for each worker that is attached.
+
+A worker opens the connection and says who it is; ``accept`` (the agent's table of children) says whether it is
+wanted.  From then on requests are handed over with :meth:`Attachment.send`, and each is answered exactly once:
+by the worker, by its deadline, or by the end of the connection.  A request that was written to the connection
+and not answered is *unknown*, one that was still here is *refused*; a cast is answered when the worker's
+runtime says that it is in the mailbox.
+
+What is queued in one turn of the loop travels in one write.  There is no task and no timer for a request: one
+timer for each connection looks for passed deadlines.  What a worker sends can end its own connection only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from node_agent import framing
+from registry.clock import SYSTEM_CLOCK, Boottime, Clock
+from registry.errors import Invalid, NoOwner, Overloaded, UnknownOutcome
+from registry.events import Event, LinkDropped
+from registry.v1 import messages_pb2, names_pb2, worker_pb2
+
+CREDIT = 1024
+"""Requests that may be unanswered at once on one connection."""
+
+BUFFERED_BYTES = 16 * 1024 * 1024
+"""Bytes that may wait for a worker that does not read."""
+
+ATTACH_WITHIN = 5.0
+"""Seconds a new connection has to say who it is."""
+
+ACKNOWLEDGE_AFTER = 0.1
+"""Seconds until replies are acknowledged when no request goes out that could carry it."""
+
+SWEEP_EVERY = 0.005
+"""Seconds between two looks for passed deadlines, at least."""
+
+Reply = Callable[[messages_pb2.Frame], None]
+
+
+class AttachHandler(Protocol):
+    """What the agent wants to hear about one worker's connection; called from the loop, never after closed."""
+
+    def on_attached(self, attachment: Attachment) -> None:
+        """It is attached.  What is sent from here reaches the worker before anything sent later."""
+
+    def on_ready(self) -> None:
+        """It serves; called once for each connection, at once if it was ready before."""
+
+    def on_crashed(self, why: str, traceback: str) -> None:
+        """It is about to exit, and why."""
+
+    def on_late_reply(self, reply: messages_pb2.Frame) -> None:
+        """It answered a request of a former agent, or one whose time was up."""
+
+    def on_closed(self, why: str) -> None:
+        """The connection is over; every request on it has been answered."""
+
+
+Accept = Callable[[str, Sequence[names_pb2.Method], bool], "str | AttachHandler"]
+"""``accept(worker, methods, ready)``: why the worker is not wanted, or who wants to hear about it."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request that has not been answered; ``place`` counts the frames of its connection, 0 if not written."""
+
+    reply: Reply
+    deadline: Boottime
+    to: str
+    is_cast: bool
+    place: int = 0
+
+
+class Attachment(asyncio.Protocol):
+    """One worker's connection.  Not made by hand: :class:`WorkerSocket` makes one for each connection.
+
+    ``epoch`` and ``start`` (the handler sets them in ``on_attached``) say which process this is; they go into
+    the answers that are given here in its place.
+    """
+
+    def __init__(self, accept: Accept, emit: Callable[[Event], None], clock: Clock) -> None:
+        self.worker = ""
+        self.methods: tuple[names_pb2.Method, ...] = ()
+        self.ready = False
+        self.epoch = 0
+        self.start = 0
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._accept = accept
+        self._emit = emit
+        self._clock = clock
+        self._transport: asyncio.Transport | None = None
+        self._handler: AttachHandler | None = None
+        self._unpacker = framing.Unpacker()
+        self._why_closed = ""
+        self._attach_timer: asyncio.TimerHandle | None = None
+        # A reply to a request of a former connection must not look like one to a request of this.
+        self._last_id = secrets.randbits(31) << 32
+        self._pending: dict[int, _Pending] = {}
+        self._casts: dict[int, _Pending] = {}
+        self._outgoing: list[messages_pb2.Frame] = []
+        self._outgoing_bytes = 0
+        self._flushing = False
+        self._handed_over = 0
+        self._received = 0
+        self._acknowledged = 0
+        self._acknowledge_timer: asyncio.TimerHandle | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._sweep_at: Boottime = 0.0
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over."""
+        return self.ended.done()
+
+    @property
+    def unanswered(self) -> int:
+        """How many requests have not been answered."""
+        return len(self._pending)
+
+    def send(self, frame: messages_pb2.Frame, deadline: Boottime, reply: Reply) -> None:
+        """Hand ``frame`` (a CALL, CAST or SYSTEM) over; its id and remaining_ms are overwritten.
+
+        ``reply`` is called exactly once, unless this raises: :class:`Overloaded` when the worker has too much
+        unanswered, :class:`NoOwner` when it is not connected, :class:`Invalid` for a frame that is too large.
+        Nothing was handed over then.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise NoOwner(f"the process that serves {frame.to} is not connected", details={"name": frame.to})
+        size = frame.ByteSize()
+        if size > framing.MAX_BODY + 65536:
+            raise Invalid(f"a message of {size} bytes for {frame.to}: {framing.MAX_BODY} are allowed")
+        is_system = frame.kind == messages_pb2.KIND_SYSTEM
+        if not is_system and (
+            len(self._pending) >= CREDIT
+            or self._outgoing_bytes + transport.get_write_buffer_size() + size > BUFFERED_BYTES
+        ):
+            raise Overloaded(
+                f"{frame.to} has {len(self._pending)} unanswered requests ({CREDIT} are allowed), "
+                f"{transport.get_write_buffer_size()} bytes wait for it ({BUFFERED_BYTES} are allowed)",
+                hint="try again after a moment",
+                details={"name": frame.to, "limit": str(CREDIT)},
+            )
+        self._last_id += 1
+        frame.id = self._last_id
+        frame.remaining_ms = max(1, int((deadline - self._clock.now()) * 1000))
+        self._pending[frame.id] = _Pending(reply, deadline, frame.to, frame.kind == messages_pb2.KIND_CAST)
+        self._queue(frame, size)
+        if not self._sweep_at or deadline < self._sweep_at:
+            self._sweep_no_later_than(deadline)
+
+    def stop(self, wait_ms: int) -> None:
+        """Ask the worker to stop in order; after ``wait_ms`` something harder will be tried."""
+        self._say(worker_pb2.AgentMessage(stop=worker_pb2.Stop(wait_ms=wait_ms)))
+
+    def set_deadline(self, boottime: Boottime) -> None:
+        """Tell the worker until when it may act."""
+        self._say(worker_pb2.AgentMessage(deadline=worker_pb2.Deadline(boottime=boottime)))
+
+    def close(self, why: str) -> None:
+        """End the connection; the worker will attach again if it lives."""
+        self._why_closed = self._why_closed or why
+        if self._transport is not None:
+            self._transport.abort()
+
+    # The way out.
+
+    def _queue(self, frame: messages_pb2.Frame, size: int) -> None:
+        self._outgoing.append(frame)
+        self._outgoing_bytes += size
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._transport is None or self._transport.is_closing():
+            return
+        frames, size = self._outgoing, self._outgoing_bytes
+        self._outgoing, self._outgoing_bytes = [], 0
+        for frame in frames:
+            self._handed_over += 1
+            pending = self._pending.get(frame.id)
+            if pending is not None:
+                pending.place = self._handed_over
+                if pending.is_cast:
+                    self._casts[frame.id] = pending
+        self._acknowledged = self._received
+        for batch in framing.batches(frames, size):
+            message = worker_pb2.AgentMessage(
+                batch=messages_pb2.Batch(frames=batch, accepted=self._acknowledged)
+            )
+            self._transport.write(framing.pack(message))
+
+    def _say(self, message: worker_pb2.AgentMessage) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            if self._outgoing:
+                self._flush()
+            self._transport.write(framing.pack(message))
+
+    def _acknowledge(self) -> None:
+        self._acknowledge_timer = None
+        if self._acknowledged != self._received:
+            self._flush()
+
+    # The way in.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._attach_timer = self._loop.call_later(
+            ATTACH_WITHIN, self._drop, f"it did not say who it is within {ATTACH_WITHIN:g} s"
+        )
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._unpacker.feed(data):
+                self._hear(framing.worker_message(message))
+        except framing.Garbage as garbage:
+            self._drop(str(garbage))
+
+    def _drop(self, why: str) -> None:
+        self._emit(LinkDropped(peer=f"worker {self.worker or '(not attached)'}", why=why))
+        self.close(why)
+
+    def _hear(self, message: worker_pb2.WorkerMessage) -> None:
+        if self.closed or self._transport is None or self._transport.is_closing():
+            return
+        what = message.WhichOneof("is")
+        if (what == "attach") != (self._handler is None):
+            raise framing.Garbage("it did not say Attach first, or said it twice")
+        if what == "attach":
+            self._attach(message.attach)
+            return
+        assert self._handler is not None
+        if what == "batch":
+            self._take(message.batch, self._handler)
+        elif what == "ready":
+            self._become_ready(self._handler)
+        elif what == "crashed":
+            self._handler.on_crashed(message.crashed.why, message.crashed.traceback)
+        else:
+            raise framing.Garbage("a message of a kind that this version does not know")
+
+    def _attach(self, attach: worker_pb2.Attach) -> None:
+        assert self._transport is not None
+        if self._attach_timer is not None:
+            self._attach_timer.cancel()
+        self.worker = attach.worker
+        if attach.protocol < framing.PROTOCOL:
+            verdict: str | AttachHandler = f"its protocol is {attach.protocol}, not {framing.PROTOCOL}"
+        else:
+            verdict = self._accept(attach.worker, tuple(attach.methods), attach.ready)
+        if isinstance(verdict, str):
+            refused = worker_pb2.Attached(protocol=framing.PROTOCOL, refused=verdict)
+            self._say(worker_pb2.AgentMessage(attached=refused))
+            self._why_closed = f"not wanted: {verdict}"
+            self._transport.close()
+            return
+        self.methods = tuple(attach.methods)
+        self._handler = verdict
+        attached = worker_pb2.Attached(protocol=framing.PROTOCOL, credit=CREDIT)
+        self._say(worker_pb2.AgentMessage(attached=attached))
+        verdict.on_attached(self)
+        for reply in attach.unacknowledged:
+            verdict.on_late_reply(reply)
+        if attach.ready:
+            self._become_ready(verdict)
+
+    def _become_ready(self, handler: AttachHandler) -> None:
+        if not self.ready:
+            self.ready = True
+            handler.on_ready()
+
+    def _take(self, batch: messages_pb2.Batch, handler: AttachHandler) -> None:
+        pendings = self._pending
+        for frame in batch.frames:
+            pending = pendings.pop(frame.id, None)
+            if pending is None:
+                handler.on_late_reply(frame)
+                continue
+            if pending.is_cast:
+                self._casts.pop(frame.id, None)
+            pending.reply(frame)
+        if batch.accepted and self._casts:
+            self._accepted(batch.accepted)
+        if batch.frames:
+            self._received += len(batch.frames)
+            if self._acknowledge_timer is None:
+                self._acknowledge_timer = self._loop.call_later(ACKNOWLEDGE_AFTER, self._acknowledge)
+
+    def _accepted(self, place: int) -> None:
+        answered = [request for request, pending in self._casts.items() if pending.place <= place]
+        for request in answered:
+            pending = self._casts.pop(request)
+            del self._pending[request]
+            pending.reply(
+                messages_pb2.Frame(
+                    id=request, kind=messages_pb2.KIND_REPLY, epoch=self.epoch, start=self.start
+                )
+            )
+
+    # Deadlines and ends.
+
+    def _sweep_no_later_than(self, deadline: Boottime) -> None:
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self._sweep_at = deadline
+        delay = max(SWEEP_EVERY, deadline - self._clock.now())
+        self._sweep_timer = self._loop.call_later(delay, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweep_timer, self._sweep_at = None, 0.0
+        now = self._clock.now()
+        late = [request for request, pending in self._pending.items() if pending.deadline <= now]
+        for request in late:
+            pending = self._forget(request)
+            error = UnknownOutcome(f"{pending.to} did not answer in time", details={"name": pending.to})
+            pending.reply(framing.failed(request, error, epoch=self.epoch, start=self.start))
+        if self._pending:
+            self._sweep_no_later_than(min(pending.deadline for pending in self._pending.values()))
+
+    def _forget(self, request: int) -> _Pending:
+        pending = self._pending.pop(request)
+        self._casts.pop(request, None)
+        if pending.place:
+            self._queue(messages_pb2.Frame(id=request, kind=messages_pb2.KIND_CANCEL), 16)
+        else:
+            self._outgoing = [frame for frame in self._outgoing if frame.id != request]
+        return pending
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        why = self._why_closed or (
+            f"the connection broke: {exc}" if exc else "the worker closed the connection"
+        )
+        for timer in (self._attach_timer, self._acknowledge_timer, self._sweep_timer):
+            if timer is not None:
+                timer.cancel()
+        self._transport = None
+        self.ended.set_result(None)
+        pendings, self._pending, self._outgoing = self._pending, {}, []
+        self._casts.clear()
+        for request, pending in pendings.items():
+            error = _unanswered(pending, why)
+            pending.reply(framing.failed(request, error, epoch=self.epoch, start=self.start))
+        if self._handler is not None:
+            self._handler.on_closed(why)
+
+
+def _unanswered(pending: _Pending, why: str) -> UnknownOutcome | NoOwner:
+    details = {"name": pending.to}
+    if pending.place:
+        return UnknownOutcome(
+            f"the process that serves {pending.to} ended or went away: {why}", details=details
+        )
+    return NoOwner(
+        f"the process that serves {pending.to} went away before it got this: {why}", details=details
+    )
+
+
+class WorkerSocket:
+    """Listens at ``path`` and makes an :class:`Attachment` of every connection."""
+
+    def __init__(
+        self, path: Path, accept: Accept, emit: Callable[[Event], None], clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        self._path = path
+        self._accept = accept
+        self._emit = emit
+        self._clock = clock
+        self._server: asyncio.AbstractServer | None = None
+        self._attachments: set[Attachment] = set()
+
+    async def start(self) -> None:
+        """Listen.  The socket of a former agent is replaced: its workers are waiting for this one."""
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(self._path.stat().st_mode):
+                self._path.unlink()
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(self._connected, str(self._path))
+        # Workers may run as other users; who may reach the directory may knock, and a worker's id is a secret.
+        self._path.chmod(0o666)
+
+    def _connected(self) -> Attachment:
+        attachment = Attachment(self._accept, self._emit, self._clock)
+        self._attachments.add(attachment)
+        attachment.ended.add_done_callback(lambda _: self._attachments.discard(attachment))
+        return attachment
+
+    async def close(self) -> None:
+        """Stop listening and end every connection; the workers go on and wait for the next agent."""
+        if self._server is None:
+            return
+        self._server.close()
+        for attachment in tuple(self._attachments):
+            attachment.close("the agent closes its worker socket")
+            await attachment.ended
+        await self._server.wait_closed()
+        self._server = None
