@@ -33,7 +33,7 @@ class Timing:
             shortest = format_duration(default_ttl(self.election))
             raise _unusable(
                 self.ttl,
-                f"an election timeout of {format_duration(self.election)} can leave etcd without a leader for "
+                f"an election timeout of {format_duration(self.election)} can leave etcd leaderless for "
                 f"{format_duration(4 * self.election)}, longer than the lease is trusted",
                 f'the shortest is "{shortest}"',
             )
