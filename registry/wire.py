@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from registry.clock import Boottime
 from registry.errors import (
@@ -73,7 +73,7 @@ _FOREIGN: dict[grpc.StatusCode, type[HerdError]] = {
 def error_to_pb(error: HerdError) -> pb.Error:
     """Return ``error`` as it travels in a frame."""
     return pb.Error(
-        reason=BY_REASON[error.reason].number,
+        reason=pb.Reason.Value(f"REASON_{error.reason}"),
         outcome=_OUTCOMES[error.outcome],
         message=error.message,
         hint=error.hint,
@@ -160,7 +160,7 @@ def error_reply(frame: pb.Frame, error: HerdError, *, epoch: int = 0, start: int
 
 
 def request(
-    kind: pb.Kind,
+    kind: pb.Kind.ValueType,
     to: str,
     method: str,
     body: Body,
@@ -181,7 +181,7 @@ def request(
     return frame
 
 
-def call_to_frame(call: pb.CallRequest, kind: pb.Kind) -> pb.Frame:
+def call_to_frame(call: pb.CallRequest, kind: pb.Kind.ValueType) -> pb.Frame:
     """Return the frame of a unary request."""
     return request(
         kind,
