@@ -31,7 +31,7 @@ CLAIMS_PER_TXN = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claimant:
+class Bidder:
     """The node that claims, and the cluster-wide facts it decided on, as it saw them."""
 
     node: str
@@ -55,7 +55,7 @@ class ClaimRequest:
     placement_revision: Revision
 
 
-class Why(enum.Enum):
+class Why(enum.StrEnum):
     """Why a claim was refused although the name may be free; the value is for people."""
 
     NODE_GONE = "the node key of the claimant is gone"
@@ -95,7 +95,7 @@ class Refusal:
 ClaimResult: TypeAlias = Claimed | Taken | Refusal
 
 
-def claim_txn(prefix: str, by: Claimant, requests: Sequence[ClaimRequest]) -> Txn:
+def claim_txn(prefix: str, by: Bidder, requests: Sequence[ClaimRequest]) -> Txn:
     """Return the transaction that claims each requested name on its own, all at one revision.
 
     etcd decides every comparison, nested ones too, before it writes anything.
@@ -115,7 +115,7 @@ def claim_txn(prefix: str, by: Claimant, requests: Sequence[ClaimRequest]) -> Tx
     )
 
 
-def _claim_one(prefix: str, by: Claimant, request: ClaimRequest) -> Txn:
+def _claim_one(prefix: str, by: Bidder, request: ClaimRequest) -> Txn:
     owner, spec, placement = (prefix + section + request.name for section in (OWNERS, SPECS, PLACEMENTS))
     value = encode_owner(node=by.node, host=by.host, claim=request.claim, incarnation=by.incarnation.number)
     return Txn(
@@ -129,7 +129,7 @@ def _claim_one(prefix: str, by: Claimant, request: ClaimRequest) -> Txn:
     )
 
 
-def claim_results(by: Claimant, requests: Sequence[ClaimRequest], result: TxnResult) -> list[ClaimResult]:
+def claim_results(by: Bidder, requests: Sequence[ClaimRequest], result: TxnResult) -> list[ClaimResult]:
     """Return what the transaction of :func:`claim_txn` did for each request."""
     if not result.succeeded:
         why = _cluster_obstacle(by, single(result.kvs(0)), single(result.kvs(1)))
@@ -142,7 +142,7 @@ def claim_results(by: Claimant, requests: Sequence[ClaimRequest], result: TxnRes
     ]
 
 
-def _claim_result(by: Claimant, request: ClaimRequest, result: TxnResult, revision: Revision) -> ClaimResult:
+def _claim_result(by: Bidder, request: ClaimRequest, result: TxnResult, revision: Revision) -> ClaimResult:
     if result.succeeded:
         return Claimed(request.name, epoch_of(by.incarnation.number, revision), request.claim, revision)
     if held := _held(by, request, single(result.kvs(0))):
@@ -153,7 +153,7 @@ def _claim_result(by: Claimant, request: ClaimRequest, result: TxnResult, revisi
     return Refusal(request.name, Why.SPEC_CHANGED if spec_changed else Why.PLACEMENT_CHANGED)
 
 
-def _held(by: Claimant, request: ClaimRequest, kv: KeyValue | None) -> ClaimResult | None:
+def _held(by: Bidder, request: ClaimRequest, kv: KeyValue | None) -> ClaimResult | None:
     if kv is None:
         return None
     try:
@@ -165,7 +165,7 @@ def _held(by: Claimant, request: ClaimRequest, kv: KeyValue | None) -> ClaimResu
     return Taken(request.name, owner)
 
 
-def _cluster_obstacle(by: Claimant, node: KeyValue | None, incarnation: KeyValue | None) -> Why:
+def _cluster_obstacle(by: Bidder, node: KeyValue | None, incarnation: KeyValue | None) -> Why:
     if node is None or node.lease != by.lease:
         return Why.NODE_GONE
     if (incarnation.mod_revision if incarnation else 0) != by.incarnation.mod_revision:

@@ -15,10 +15,11 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from registry.claiming import (
     CLAIMS_PER_TXN,
-    Claimant,
+    Bidder,
     Claimed,
     ClaimRequest,
     ClaimResult,
@@ -34,9 +35,12 @@ from registry.ownership import (
     OWNERS,
     PLACEMENTS,
     STATUSES,
+    Incarnation,
+    Method,
     Owner,
     PlacementRecord,
     Status,
+    WorkerState,
     after_release,
     decode_owner,
     decode_placement,
@@ -61,16 +65,23 @@ from registry.store import (
 )
 
 __all__ = [
+    "Bidder",
     "ClaimRequest",
     "ClaimResult",
-    "Claimant",
     "Claimed",
+    "Incarnation",
+    "Method",
     "Names",
     "NotOwner",
+    "Owned",
+    "Owner",
+    "PlacementRecord",
     "Refusal",
     "Released",
+    "Status",
     "Taken",
     "Why",
+    "WorkerState",
     "Written",
     "did_you_mean",
     "epoch_of",
@@ -146,6 +157,14 @@ class Written:
     mod_revision: Revision
 
 
+class Owned(NamedTuple):
+    """A name a node owns."""
+
+    name: str
+    epoch: int
+    claim: str
+
+
 @dataclass(frozen=True, slots=True)
 class NotOwner:
     """Nothing was written: the name belongs to ``owner``, or to nobody."""
@@ -166,7 +185,7 @@ class Names:
         self._wall = wall
 
     async def claim_many(
-        self, by: Claimant, requests: Sequence[ClaimRequest], *, timeout: float = 5.0
+        self, requests: Sequence[ClaimRequest], by: Bidder, *, timeout: float = 5.0
     ) -> list[ClaimResult]:
         """Claim each name that is free, up to 64 in one transaction; one result for each request, in order.
 
@@ -183,9 +202,9 @@ class Names:
             results += claim_results(by, chunk, result)
         return results
 
-    async def claim(self, by: Claimant, request: ClaimRequest, *, timeout: float = 5.0) -> ClaimResult:
+    async def claim(self, request: ClaimRequest, by: Bidder, *, timeout: float = 5.0) -> ClaimResult:
         """Claim one name; see :meth:`claim_many`."""
-        return (await self.claim_many(by, (request,), timeout=timeout))[0]
+        return (await self.claim_many((request,), by, timeout=timeout))[0]
 
     async def release(
         self, name: str, epoch: int, reason: str, *, penalise_host: str | None = None, timeout: float = 5.0
@@ -207,10 +226,11 @@ class Names:
                     unchanged(self._prefix + OWNERS + name, owner.mod_revision),
                     unchanged(self._prefix + PLACEMENTS + name, placement.mod_revision),
                 ),
+                # In the order watchers see it: who sees the owner go knows already that it was meant.
                 (
-                    Delete(self._prefix + OWNERS + name),
-                    Delete(self._prefix + STATUSES + name),
                     Put(self._prefix + PLACEMENTS + name, encode_placement(record)),
+                    Delete(self._prefix + STATUSES + name),
+                    Delete(self._prefix + OWNERS + name),
                 ),
                 timeout=timeout,
             )
@@ -251,11 +271,11 @@ class Names:
             f"status of {status.name} changed {_ATTEMPTS} times while it was being written"
         )
 
-    async def owned_by(self, node: str, *, timeout: float = 30.0) -> list[Owner]:
+    async def owned_by(self, node: str, *, timeout: float = 30.0) -> list[Owned]:
         """Read, linearizably, every name ``node`` owns.  Raises StoreUnavailable."""
         snapshot = await self._store.snapshot(self._prefix + OWNERS, timeout=timeout)
         owners = (self._read(kv.key.removeprefix(self._prefix + OWNERS), kv) for kv in snapshot.kvs)
-        return [owner for owner in owners if owner is not None and owner.node == node]
+        return [Owned(o.name, o.epoch, o.claim) for o in owners if o is not None and o.node == node]
 
     async def read_owner(self, name: str, *, timeout: float = 5.0) -> Owner | None:
         """Read the owner of ``name``, linearizably.  Raises StoreUnavailable."""

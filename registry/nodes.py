@@ -25,7 +25,7 @@ def new_node(host: str) -> str:
     return f"{host}-{secrets.token_hex(4)}"
 
 
-class NodeState(enum.Enum):
+class NodeState(enum.StrEnum):
     """What a node is doing; a host whose node key is gone is down."""
 
     RECOVERING = "recovering"
@@ -136,29 +136,23 @@ class Nodes:
                 return replace(record, lease=lease, mod_revision=result.revision)
         raise StoreUnavailable(f"host key of {record.host} changed {_ATTEMPTS} times during registration")
 
-    async def set_state(
-        self, node: str, lease: LeaseId, state: NodeState, *, timeout: float = 5.0
-    ) -> NodeRecord | None:
-        """Change the state of our own node; None when its key is gone or not ours.  Raises StoreError."""
-        key = self._prefix + NODES + node
+    async def update(self, record: NodeRecord, lease: LeaseId, *, timeout: float = 5.0) -> NodeRecord | None:
+        """Rewrite our own node key; None when it is gone or not under ``lease``.  Raises StoreError."""
+        key = self._prefix + NODES + record.node
         kv = await self._store.get(key, timeout=timeout)
         for _ in range(_ATTEMPTS):
             if kv is None or kv.lease != lease:
                 return None
-            record = decode_node(node, kv)
-            if record.state is state:
-                return record
-            changed = replace(record, state=state)
             result = await self._store.txn(
                 (unchanged(key, kv.mod_revision), Compare(key, "lease", "=", lease)),
-                (Put(key, encode_node(changed), lease),),
+                (Put(key, encode_node(record), lease),),
                 (Get(key),),
                 timeout=timeout,
             )
             if result.succeeded:
-                return replace(changed, mod_revision=result.revision)
+                return replace(record, lease=lease, mod_revision=result.revision)
             kv = single(result.kvs(0))
-        raise StoreUnavailable(f"node key of {node} changed {_ATTEMPTS} times while it was being written")
+        raise StoreUnavailable(f"node key of {record.node} changed {_ATTEMPTS} times while it was written")
 
 
 def _host(host: str, kv: KeyValue | None) -> HostRecord | None:

@@ -115,7 +115,7 @@ def decode_owner(name: str, kv: KeyValue) -> Owner:
     return Owner(name, value.node, value.host, epoch, value.claim, kv.lease, kv.mod_revision)
 
 
-class WorkerState(enum.Enum):
+class WorkerState(enum.StrEnum):
     """How far the owner's process is; a name without a status is owned and not started yet."""
 
     STARTING = "starting"

@@ -20,7 +20,7 @@ from registry.store import Delete, Get, KeyValue, Put, Revision, Store, unchange
 _ATTEMPTS = 16
 
 
-class Desired(enum.Enum):
+class Desired(enum.StrEnum):
     """Whether the worker should run; survives failover, reboot and a new text."""
 
     RUNNING = "running"
@@ -53,7 +53,7 @@ def decode_spec(name: str, kv: KeyValue) -> SpecRecord:
     return _CODEC.decode(kv.value, name=name, mod_revision=kv.mod_revision)
 
 
-class What(enum.Enum):
+class What(enum.StrEnum):
     """What happened to a spec."""
 
     CREATED = "created"
@@ -82,8 +82,8 @@ def applied(before: SpecRecord | None, wish: SpecRecord) -> tuple[What, SpecReco
     return What.CHANGED, replace(wish, desired=before.desired)
 
 
-def declared(before: SpecRecord | None, wish: SpecRecord) -> tuple[What, SpecRecord]:
-    """Return what declaring ``wish`` does: it creates, and never replaces one that means something else."""
+def offered(before: SpecRecord | None, wish: SpecRecord) -> tuple[What, SpecRecord]:
+    """Return what offering ``wish`` does: it creates, and never replaces one that means something else."""
     if before is None:
         return What.CREATED, wish
     return What.UNCHANGED if before.digest == wish.digest else What.CONFLICT, before
@@ -109,16 +109,14 @@ class Specs:
         wish = self._wish(name, toml, digest, who)
         return await self._change(name, lambda before: applied(before, wish), timeout)
 
-    async def declare(
-        self, name: str, toml: str, digest: str, who: str, *, timeout: float = 5.0
-    ) -> SpecResult:
+    async def offer(self, name: str, toml: str, digest: str, who: str, *, timeout: float = 5.0) -> SpecResult:
         """Create the spec unless there is one: CREATED, UNCHANGED, or CONFLICT with one that differs.
 
         For specs found in a host's own files: two hosts whose files differ must not overwrite each other.
         Raises StoreError.
         """
         wish = self._wish(name, toml, digest, who)
-        return await self._change(name, lambda before: declared(before, wish), timeout)
+        return await self._change(name, lambda before: offered(before, wish), timeout)
 
     async def set_desired(self, name: str, desired: Desired, who: str, *, timeout: float = 5.0) -> SpecResult:
         """Wish that it runs or does not: CHANGED, UNCHANGED or ABSENT.  Raises StoreError."""
