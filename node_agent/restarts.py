@@ -5,7 +5,7 @@ From the manual (https://www.erlang.org/doc/apps/stdlib/supervisor.html):
 - "A permanent child process is always restarted.  A temporary child process is never restarted [...].  A
   transient child process is restarted only if it terminates abnormally."
 - "If more than MaxR number of restarts occur within MaxT seconds, the supervisor terminates all its children
-  and then itself": more than ``intensity`` restarts inside ``period``, the budget, and the child gives up here.
+  and then itself": with more than ``intensity`` restarts inside ``period`` the child gives up here.
 
 Two things are pgherd's own.  OTP restarts without a pause; here the first restart is immediate and the next
 wait 1 s, 2 s, 4 s ... up to 60 s, until a process was healthy for 60 s.  And a process that was superseded by
@@ -200,7 +200,7 @@ def _restart(exit: Exit, window: RestartWindow, now: Boottime, random: float, he
 
 
 def pause(streak: int, random: float) -> float:
-    """Return the seconds before the restart number ``streak`` in a row; ``random`` in [0, 1) is the jitter."""
+    """Return the seconds before restart number ``streak`` in a row; ``random`` in [0, 1) is the jitter."""
     if streak <= 1:
         return 0.0
     doublings = min(streak - 2, 32)

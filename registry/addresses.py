@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
 from urllib.parse import parse_qsl, urlsplit
 
 from registry.toml_schema import show, text, wrong
 
 _PAIR = re.compile(r"""\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)(?=\s|$)""")
+_PASSWORD = re.compile(r"\b(ssl)?password\s*=\s*[^\s]", re.I)
 _URI = ("postgresql://", "postgres://")
 
 
@@ -75,23 +75,27 @@ def _host_port(address: str, prefix: str) -> str:
 def conninfo(value: object) -> str:
     """Check a libpq connection string: one that can be read, and without a password."""
     string = text(value)
-    if string.startswith(_URI):
-        keys = {key for key, _ in parse_qsl(urlsplit(string).query, keep_blank_values=True)}
-        secret = urlsplit(string).password is not None or keys & {"password", "sslpassword"}
-    else:
-        keys = set(_keywords(string))
-        secret = keys & {"password", "sslpassword"}
-    if secret:
+    if not string.startswith(_URI):
+        _check_pairs(string)
+    if contains_password(string):
         raise wrong("contains a password", "use passfile=, a service file, or a certificate")
     return string
 
 
-def _keywords(string: str) -> Iterator[str]:
+def contains_password(string: str) -> bool:
+    """Tell whether a connection string, or an argument that may be or contain one, shows a password."""
+    if string.startswith(_URI):
+        parts = urlsplit(string)
+        given = {key for key, _ in parse_qsl(parts.query)}
+        return bool(parts.password) or bool(given & {"password", "sslpassword"})
+    return _PASSWORD.search(string) is not None
+
+
+def _check_pairs(string: str) -> None:
     position = 0
     while string[position:].strip():
         pair = _PAIR.match(string, position)
         if pair is None:
             hint = f'write "dbname={string}" or "service={string}"' if re.fullmatch(r"\w+", string) else ""
-            raise wrong("is not a connection string of the form key=value ...", hint)
-        yield pair[1]
+            raise wrong(f"{show(string)} is not of the form key=value ...", hint)
         position = pair.end()

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What a spec asks of a host: labels it must have, hosts by tier of preference, databases it must know."""
+    """What a spec asks of a host: labels it must have, tiers of preference, databases it must know."""
 
     require: Mapping[str, str] = field(default_factory=dict)
     prefer: tuple[tuple[str, ...], ...] = ()

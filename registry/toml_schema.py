@@ -78,17 +78,16 @@ def _problem(error: ErrorDetails, model: type[Table], document: Document, at: Pa
     if place and place[-1] == "[key]":
         place = place[:-1]
     kind, value, path = error["type"], error["input"], (*at, *place)
-    match kind:
-        case "wrong":
-            found = error["ctx"]
-            return document.problem((*path, *found["at"]), found["message"], found["hint"])
-        case "missing":
-            example = _model_at(model, place[:-1]).examples.get(str(place[-1]), "")
-            return document.problem(path, "is missing", f"write {place[-1]} = {example}" if example else "")
-        case "extra_forbidden":
-            return document.problem(path, "unknown key", _known(_model_at(model, place[:-1]), str(place[-1])))
-        case _ if kind in _WANTED:
-            return document.problem(path, f"must be {_WANTED[kind]}, not {show(value)}", _fixed(kind, value))
+    if kind == "wrong":
+        found = error["ctx"]
+        return document.problem((*path, *found["at"]), found["message"], found["hint"])
+    if kind == "missing":
+        example = _model_at(model, place[:-1]).examples.get(str(place[-1]), "")
+        return document.problem(path, "is missing", f"write {place[-1]} = {example}" if example else "")
+    if kind == "extra_forbidden":
+        return document.problem(path, "unknown key", _known(_model_at(model, place[:-1]), str(place[-1])))
+    if kind in _WANTED:
+        return document.problem(path, f"must be {_WANTED[kind]}, not {show(value)}", _fixed(kind, value))
     return document.problem(path, f"{show(value)}: {error['msg']}")
 
 
@@ -124,6 +123,7 @@ def _model_at(model: type[Table], path: Path) -> type[Table]:
             kind = parts[0] if isinstance(kind, types.UnionType) else kind
         else:
             kind = typing.get_args(kind)[-1]
+    assert isinstance(kind, type), f"{path} is no table of {model.__name__}"
     assert issubclass(kind, Table), f"{path} is no table of {model.__name__}"
     return kind
 
