@@ -1,7 +1,7 @@
 """The Linux calls that Python 3.11 does not have, and what /proc tells.
 
-Everything here is one system call or one file, synchronous, and knows nothing of workers.  Errors are OSError.
-Times are CLOCK_BOOTTIME in seconds.
+Everything here is one system call or one file, synchronous, and knows nothing of workers.  Errors are
+OSError.  Times are CLOCK_BOOTTIME in seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
+import struct
 import time
 from collections.abc import Iterator
 
@@ -33,23 +35,6 @@ _CAPABILITY_VERSION_3 = 0x20080522
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-class _Itimerspec(ctypes.Structure):
-    _fields_ = (("interval", _Timespec), ("value", _Timespec))
-
-
-class _Sigevent(ctypes.Structure):
-    _fields_ = (
-        ("value", ctypes.c_void_p),
-        ("signo", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("padding", ctypes.c_char * 48),
-    )
-
-
 def boottime() -> float:
     """Return the present."""
     return time.clock_gettime(CLOCK_BOOTTIME)
@@ -64,22 +49,21 @@ def _check(result: int) -> None:
 class SuicideTimer:
     """A kernel timer that kills this process with SIGKILL, even while it is stopped.
 
-    Not inherited by children.  It cannot kill the init process of its own PID namespace: such a process ignores
-    signals that come from inside.
+    Not inherited by children.  It cannot kill the init process of its own PID namespace: such a process
+    ignores signals that come from inside.
     """
 
     def __init__(self) -> None:
         self._id = ctypes.c_void_p()
-        event = _Sigevent(None, signal.SIGKILL, _SIGEV_SIGNAL, b"")
-        _check(_libc.timer_create(CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._id)))
+        sigevent = struct.pack("@Pii48x", 0, signal.SIGKILL, _SIGEV_SIGNAL)
+        _check(_libc.timer_create(CLOCK_BOOTTIME, sigevent, ctypes.byref(self._id)))
 
     def arm(self, when: float | None) -> None:
         """Die at ``when``, at once if that has passed; None: not at all."""
         moment = max(when, 1e-9) if when is not None else 0.0
         seconds = int(moment)
-        value = _Timespec(seconds, int((moment - seconds) * 1e9))
-        setting = _Itimerspec(_Timespec(0, 0), value)
-        _check(_libc.timer_settime(self._id, _TIMER_ABSTIME, ctypes.byref(setting), None))
+        itimerspec = struct.pack("@4l", 0, 0, seconds, int((moment - seconds) * 1e9))
+        _check(_libc.timer_settime(self._id, _TIMER_ABSTIME, itimerspec, None))
 
 
 def enter_pid_namespace() -> None:
@@ -89,7 +73,7 @@ def enter_pid_namespace() -> None:
 
 def leave_pid_namespace() -> None:
     """Let further children be born into this process's own PID namespace again."""
-    with _opened("/proc/self/ns/pid") as own:
+    with _closing(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as own:
         _check(_libc.setns(own, _CLONE_NEWPID))
 
 
@@ -163,6 +147,15 @@ def rewrite_environment(variable: str, value: str) -> None:
     if at < 0 or len(area[at + 1 :].split(b"\0", 1)[0]) != len(variable) + 1 + len(value):
         raise ValueError(f"no {variable} of {len(value)} characters in the environment of this process")
     ctypes.memmove(begin + at + len(variable) + 1, value.encode(), len(value))
+
+
+def complain(line: str) -> None:
+    """Write a line to stderr, unless that would block: nobody may stall a process that holds deadlines."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if any(events & select.POLLOUT for _, events in poll.poll(0)):
+            os.write(2, f"{line}\n".encode()[:4096])
 
 
 def processes() -> Iterator[int]:
@@ -242,7 +235,7 @@ def kill_group(group: int, signum: int = signal.SIGKILL) -> None:
 
 
 def host_pid(pid: int, host_proc: int) -> int:
-    """Return the pid that a child of this process has in the PID namespace of ``host_proc``, an open /proc."""
+    """Return the pid of a child of this process in the PID namespace of ``host_proc``, an open /proc."""
     with _closing(os.pidfd_open(pid)) as pidfd, _closing(_open_in(host_proc, f"self/fdinfo/{pidfd}")) as info:
         for line in os.read(info, 4096).decode().splitlines():
             if line.startswith("Pid:"):
@@ -265,10 +258,6 @@ def _closing(fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _opened(path: str) -> contextlib.AbstractContextManager[int]:
-    return _closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def _read(path: str) -> str:
