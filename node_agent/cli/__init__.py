@@ -1,0 +1,1 @@
+"""Commands of the host: what the entry points of the group ``pgherd.commands`` name."""
