@@ -140,6 +140,14 @@ class DirectoryLost(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordMalformed(Event):
+    level = logging.ERROR
+    text = "{key} in etcd is ignored: {why}"
+    key: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeJoined(Event):
     text = "node {node} joined"
     node: str
