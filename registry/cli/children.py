@@ -1,0 +1,112 @@
+"""``pgherd ps``, ``tree``, ``logs`` and ``restart``: processes, on whichever host they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+import click
+
+from registry.cli.agent import connect
+from registry.cli.invocation import Command, Invocation, pass_invocation
+from registry.cli.output import as_plain, print_done, print_json, print_table, span, styled, token
+from registry.v1.supervision_pb2 import Child, ChildrenRequest, ChildrenResponse, LogsRequest, RestartRequest
+
+
+def _children(invocation: Invocation, host: str) -> ChildrenResponse:
+    with connect(invocation) as agent:
+        return agent.ask(agent.supervision.Children, ChildrenRequest(host=host))
+
+
+def _warn_of(silent: Iterable[str]) -> None:
+    for host in silent:
+        click.echo(f"pgherd: host {host} did not answer, its children are missing here", err=True)
+
+
+@click.command(cls=Command)
+@click.argument("host", default="")
+@pass_invocation
+def ps(invocation: Invocation, host: str) -> None:
+    """List children and their processes, of all hosts or of one."""
+    answer = _children(invocation, host)
+    if invocation.json:
+        print_json(as_plain(answer))
+        return
+    _warn_of(answer.silent)
+    print_table(
+        ("HOST", "CHILD", "NAME", "KIND", "STATE", "PID", "EPOCH.START", "UPTIME", "RESTARTS", "LAST EXIT"),
+        (
+            (
+                child.host,
+                child.child,
+                child.name,
+                child.kind,
+                child.state,
+                str(child.pid or ""),
+                token(child.epoch, child.start),
+                span(child.uptime) if child.pid else "",
+                str(child.restarts),
+                child.last_exit,
+            )
+            for child in answer.children
+        ),
+        empty=f"host {host} has no children" if host else "no children: pgherd apply FILE declares some",
+    )
+
+
+@click.command(cls=Command)
+@pass_invocation
+def tree(invocation: Invocation) -> None:
+    """Show hosts with their children as a tree."""
+    answer = _children(invocation, "")
+    if invocation.json:
+        print_json(as_plain(answer))
+        return
+    _warn_of(answer.silent)
+    for line in _tree(answer.children):
+        click.echo(line)
+
+
+def _tree(children: Iterable[Child]) -> Iterator[str]:
+    for host, group in groupby(children, key=lambda child: child.host):
+        yield host
+        *others, last = group
+        for child in (*others, last):
+            parts = (
+                "└─" if child is last else "├─",
+                child.name or child.child,
+                styled(child.state),
+                f"pid {child.pid}" if child.pid else "",
+                f"epoch {token(child.epoch, child.start)}" if child.epoch else "",
+            )
+            yield " ".join(part for part in parts if part)
+
+
+@click.command(cls=Command)
+@click.argument("name")
+@click.option("-f", "--follow", is_flag=True, help="Go on with new output until Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(min=0), default=0, help="Only the last lines.")
+@pass_invocation
+def logs(invocation: Invocation, name: str, follow: bool, lines: int) -> None:
+    """Print what a worker wrote: its last 1 MiB, also after a crash."""
+    with connect(invocation) as agent:
+        request = LogsRequest(name=name, follow=follow, lines=lines)
+        for chunk in agent.follow(agent.supervision.Logs, request):
+            if chunk.dropped:
+                click.echo(f"pgherd: {chunk.dropped} bytes dropped here: nobody read them in time", err=True)
+            if invocation.json:
+                print_json(as_plain(chunk), indent=None)
+            else:
+                sys.stdout.buffer.write(chunk.data)
+            sys.stdout.flush()
+
+
+@click.command(cls=Command)
+@click.argument("name")
+@pass_invocation
+def restart(invocation: Invocation, name: str) -> None:
+    """Stop a worker's process and start it again on the same host, with the same epoch."""
+    with connect(invocation) as agent:
+        done = agent.ask(agent.supervision.Restart, RestartRequest(name=name), changes=True)
+    print_done(invocation, done)

@@ -1,0 +1,118 @@
+"""``pgherd status``: one screen, and whether all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import click
+
+from registry.cli.agent import connect
+from registry.cli.invocation import Command, Invocation, pass_invocation
+from registry.cli.names import state_of
+from registry.cli.output import as_plain, print_json, print_table, span, styled
+from registry.v1.cluster_pb2 import Node, NodesRequest, StatusRequest, StatusResponse
+from registry.v1.names_pb2 import ListNamesRequest, Name
+
+_SHOWN = 10
+_WELL = ("ready", "stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not well; ``remedy`` is a command that helps or tells more."""
+
+    what: str
+    remedy: str = ""
+
+
+@click.command(cls=Command)
+@pass_invocation
+def status(invocation: Invocation) -> int:
+    """Show the cluster on one screen; exit code 1 when something is not well."""
+    with connect(invocation) as agent:
+        own = agent.ask(agent.cluster.Status, StatusRequest())
+        nodes = agent.ask(agent.cluster.Nodes, NodesRequest()).nodes
+        names = agent.ask(agent.names.List, ListNamesRequest()).names
+    found = list(findings(own, nodes, names))
+    if invocation.json:
+        document = {
+            "well": not found,
+            "findings": [asdict(finding) for finding in found],
+            "agent": as_plain(own),
+            "nodes": [as_plain(node) for node in nodes],
+            "names": [as_plain(name) for name in names],
+        }
+        print_json(document)
+    else:
+        _print_screen(own, nodes, names, found)
+    return 1 if found else 0
+
+
+def findings(own: StatusResponse, nodes: Iterable[Node], names: Iterable[Name]) -> Iterator[Finding]:
+    """Yield what is not well, most important first."""
+    yield from (Finding(problem) for problem in own.problems)
+    if own.state != "ready" and not own.problems:
+        yield Finding(f"the agent of {own.host} is {own.state}", "pgherd why")
+    if not own.in_sync and not own.problems:
+        yield Finding(
+            f"the copy of the registry is behind: {own.stale_since or 'no snapshot yet'}", "pgherd doctor"
+        )
+    for member in own.etcd:
+        if member.problem:
+            yield Finding(f"etcd {member.endpoint}: {member.problem}", "pgherd doctor")
+    for database in own.databases:
+        if database.problem:
+            yield Finding(
+                f"database {database.name}: {database.problem}", f"pgherd sql status {database.name}"
+            )
+    for node in nodes:
+        if node.state != "ready":
+            yield Finding(f"host {node.host} is {node.state}", f"pgherd events | grep {node.host}")
+    for name in names:
+        if (state := state_of(name)) not in _WELL:
+            where = f" on {name.host}" if name.host else ""
+            yield Finding(f"{name.name} is {state}{where}", f"pgherd why {name.name}")
+
+
+def _print_screen(
+    own: StatusResponse, nodes: Iterable[Node], names: Iterable[Name], found: list[Finding]
+) -> None:
+    click.echo(f"cluster {own.cluster}, asked {own.host} (pgherd {own.version}): {styled(own.state)}")
+    for title, text in _facts(own):
+        click.echo(f"  {title:<11} {text}")
+    click.echo()
+    print_table(
+        ("HOST", "STATE", "NAMES", "VERSION", "ADDRESS"),
+        ((node.host, node.state, str(node.names), node.version, node.address) for node in nodes),
+        empty="no nodes",
+    )
+    click.echo(f"\nnames: {_counted(names)}")
+    for finding in found[:_SHOWN]:
+        click.echo(
+            f"  {styled('wrong')}  {finding.what}" + (f"   try: {finding.remedy}" if finding.remedy else "")
+        )
+    if len(found) > _SHOWN:
+        click.echo(f"  and {len(found) - _SHOWN} more: pgherd status --json")
+    click.echo("all is well" if not found else f"{len(found)} not well")
+
+
+def _facts(own: StatusResponse) -> Iterator[tuple[str, str]]:
+    if own.lease_ttl:
+        yield "lease", f"{own.lease_ttl:g}s, named workers could run {span(own.lease_slack)} without etcd"
+    yield "registry", f"in sync at revision {own.revision}" if own.in_sync else f"behind: {own.stale_since}"
+    if own.etcd:
+        good = [member for member in own.etcd if not member.problem]
+        versions = sorted({member.version for member in good if member.version})
+        yield "etcd", f"{len(good)} of {len(own.etcd)} members answer {' '.join(versions)}".rstrip()
+    for database in own.databases:
+        yield "database", f"{database.name} {database.problem or database.role}".rstrip()
+    yield "containment", own.containment
+
+
+def _counted(names: Iterable[Name]) -> str:
+    counts: dict[str, int] = {}
+    for name in names:
+        state = state_of(name)
+        counts[state] = counts.get(state, 0) + 1
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
