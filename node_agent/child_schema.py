@@ -83,7 +83,7 @@ class ReadyTable(Table):
 class StopTable(Table):
     """``[[child.stop]]``: one step of stopping."""
 
-    examples: ClassVar[Mapping[str, str]] = {"signal": '"SIGTERM"', "wait": '"10s"'}
+    examples: ClassVar[Mapping[str, str]] = {"signal": 'signal = "SIGTERM"', "wait": 'wait = "10s"'}
     foreign: ClassVar[Mapping[str, str]] = {"timeout": "wait"}
 
     signal: Annotated[str, BeforeValidator(values.stop_signal)]
@@ -142,15 +142,13 @@ class DefaultsTable(Table):
 class ChildTable(DefaultsTable):
     """``[[child]]``."""
 
-    examples: ClassVar[Mapping[str, str]] = {"id": '"ticker"'}
+    examples: ClassVar[Mapping[str, str]] = {"id": 'id = "ticker"'}
 
     id: Label
     name: Annotated[str, BeforeValidator(values.name)] = ""
 
 
 def _children(value: object) -> object:
-    if isinstance(value, dict):
-        raise wrong("is a single table", "write [[child]], with two brackets")
     if value == []:
         raise wrong("is empty", "declare a child under a line [[child]]")
     return value
@@ -159,7 +157,7 @@ def _children(value: object) -> object:
 class FileTable(Table):
     """The file."""
 
-    examples: ClassVar[Mapping[str, str]] = {"schema": "1"}
+    examples: ClassVar[Mapping[str, str]] = {"schema": "schema = 1", "child": "[[child]], and its keys below"}
     foreign: ClassVar[Mapping[str, str]] = {
         "children": "[[child]]",
         "default": "[defaults]",
@@ -257,8 +255,15 @@ def _conflicts(
 
     if "command" in run and "behaviour" in run:
         complain(("run",), "has both command and behaviour", "a child is one of them")
-    elif "command" not in run and "behaviour" not in run and not missing_defaults:
-        complain(("run",), "has neither command nor behaviour", 'write run.command = ["program", "argument"]')
+    elif not run.keys() & {"command", "behaviour"}:
+        if (
+            not missing_defaults
+            and run.keys() <= RunTable.model_fields.keys()
+            and table.get("run", run) == run
+        ):
+            complain(
+                ("run",), "has neither command nor behaviour", 'write run.command = ["program", "argument"]'
+            )
     elif "command" in run:
         for key in ("args", "path"):
             if key in run:
@@ -279,6 +284,16 @@ def _conflicts(
             if databases is not None and isinstance(name, str) and name not in databases:
                 known = nearest(name, databases) or f"declared: {', '.join(sorted(databases)) or 'none'}"
                 complain((*place, index), f"there is no [database.{name}] in agent.toml", known)
+    mentioned: set[str] = set()
+    prefer = placement.get("prefer")
+    for index, tier in enumerate(prefer if isinstance(prefer, list) else ()):
+        for host in tier if isinstance(tier, list) else [tier]:
+            if isinstance(host, str) and host in mentioned:
+                complain(
+                    ("placement", "prefer", index), f'"{host}" is mentioned twice', "its first tier counts"
+                )
+            elif isinstance(host, str):
+                mentioned.add(host)
     return problems
 
 

@@ -62,7 +62,11 @@ def target(value: object) -> str:
     if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", target):
         return target
     module, _, name = target.rpartition(".")
-    hint = f'write "{module}:{name}"' if ":" not in target and module else 'write "module:Class"'
+    if name == "py":
+        directory, _, stem = module.rpartition("/")
+        hint = f'write "{stem}:Class"' + (f' and run.path = ["{directory}"]' if directory else "")
+    else:
+        hint = f'write "{module}:{name}"' if module and ":" not in target else 'write "module:Class"'
     raise wrong(f"{show(target)} is not module:Class", hint)
 
 
@@ -98,9 +102,11 @@ def signal(value: object) -> str:
     known = signals.Signals.__members__
     for name in (word, f"SIG{word}"):
         if name in known:
-            return name
-    upper = word.upper().removeprefix("SIG")
-    close = f'write "SIG{upper}"' if f"SIG{upper}" in known else nearest(f"SIG{upper}", known)
+            return known[name].name
+    meant = f"SIG{word.upper().removeprefix('SIG')}"
+    close = (
+        f'write "{meant}"' if meant in known else nearest(meant, (number.name for number in signals.Signals))
+    )
     raise wrong(f"there is no signal {show(word)}", close)
 
 
@@ -144,10 +150,18 @@ def name(value: object) -> str:
     try:
         names.validate(name)
     except Invalid as error:
-        raise wrong(error.message, error.hint) from None
+        fixed = re.sub(r"[^a-z0-9._/-]+", "-", name.lower()).strip("._/-")
+        raise wrong(error.message, f'write "{fixed}"' if _is_name(fixed) else error.hint) from None
     if "@" in name:
         raise wrong(f"{show(name)}: a declared name has no @", f'write "{name.partition("@")[0]}"')
     return name
+
+
+def _is_name(text: str) -> bool:
+    try:
+        return bool(names.validate(text))
+    except Invalid:
+        return False
 
 
 def tier(value: object) -> list[str]:

@@ -109,7 +109,11 @@ class AgentConfig:
 
 
 class _TlsTable(Table):
-    examples: ClassVar[Mapping[str, str]] = {"ca": '"ca.crt"', "cert": '"host.crt"', "key": '"host.key"'}
+    examples: ClassVar[Mapping[str, str]] = {
+        "ca": 'ca = "ca.crt"',
+        "cert": 'cert = "host.crt"',
+        "key": 'key = "host.key"',
+    }
     ca: Text
     cert: Text
     key: Text
@@ -126,11 +130,17 @@ class _EtcdTable(Table):
         if not self.endpoints:
             raise wrong("is empty", 'write for example ["http://127.0.0.1:2379"]', at=("endpoints",))
         wanted = "https" if self.tls else "http"
-        why = "etcd.tls is given" if self.tls else "there is no etcd.tls = { ca, cert, key }"
+        why, other = (
+            ("etcd.tls is given", "")
+            if self.tls
+            else ("etcd.tls is not given", "give tls = { ca, cert, key }, or ")
+        )
         for index, endpoint in enumerate(self.endpoints):
             scheme, _, rest = endpoint.partition("://")
             if scheme != wanted:
-                raise wrong(f"{show(endpoint)}: {why}", f'write "{wanted}://{rest}"', at=("endpoints", index))
+                raise wrong(
+                    f"{show(endpoint)}: {why}", f'{other}write "{wanted}://{rest}"', at=("endpoints", index)
+                )
         if (self.user is None) is not (self.password_file is None):
             lacking = "user" if self.user is None else "password_file"
             raise wrong("is missing: user and password_file go together", at=(lacking,))
@@ -172,14 +182,14 @@ class _PostgresTable(Table):
 
 
 class _DatabaseTable(Table):
-    examples: ClassVar[Mapping[str, str]] = {"conninfo": '"service=app"'}
+    examples: ClassVar[Mapping[str, str]] = {"conninfo": 'conninfo = "service=app"'}
     foreign: ClassVar[Mapping[str, str]] = {"dsn": "conninfo", "service": "postgres", "url": "conninfo"}
     postgres: Text | None = None
     conninfo: Annotated[str, BeforeValidator(conninfo)]
 
 
 class _AgentTable(Table):
-    examples: ClassVar[Mapping[str, str]] = {"schema": "1", "cluster": '"prod"'}
+    examples: ClassVar[Mapping[str, str]] = {"schema": "schema = 1", "cluster": 'cluster = "prod"'}
     foreign: ClassVar[Mapping[str, str]] = {"node": "host", "name": "host", "databases": "[database.NAME]"}
     version: Schema = Field(alias="schema")
     cluster: Label

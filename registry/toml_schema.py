@@ -8,7 +8,6 @@ agent's configuration and the children's specs live here too.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import types
 import typing
@@ -20,12 +19,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from registry import units
 from registry.toml_source import Document, Path, Problem
+from registry.toml_writer import value_text
 
 
 class Table(BaseModel):
     """A TOML table: no unknown keys, no conversion between types.
 
-    ``examples`` shows a value for each key that must be there; ``foreign`` what other supervisors call a key.
+    ``examples`` shows how a key that must be there is written; ``foreign`` maps other programs' keys to ours.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -43,7 +43,14 @@ def check(model: type[T], table: object, document: Document, at: Path = ()) -> t
     try:
         return model.model_validate(table), []
     except ValidationError as error:
-        return None, [_problem(found, model, document, at) for found in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+    # A key that is missing because it is misspelt is one mistake, not two.
+    meant = {
+        (*place[:-1], _meant(_model_at(model, place[:-1]), str(place[-1])))
+        for place in (each["loc"] for each in errors if each["type"] == "extra_forbidden")
+    }
+    kept = (each for each in errors if not (each["type"] == "missing" and each["loc"] in meant))
+    return None, [_problem(each, model, document, at) for each in kept]
 
 
 def wrong(message: str, hint: str = "", *, at: Path = ()) -> PydanticCustomError:
@@ -53,14 +60,21 @@ def wrong(message: str, hint: str = "", *, at: Path = ()) -> PydanticCustomError
 
 def show(value: object) -> str:
     """Return ``value`` as TOML would have it, cut to what fits in a message."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    try:
+        written = value_text(value)
+    except TypeError:
+        written = str(value)
+    return written if len(written) <= 60 else f"{written[:50]} … {written[-5:]}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``did you mean "..."?``, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else ""
+    close = _nearest(word, known)
+    return f'did you mean "{close}"?' if close else ""
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
 
 
 _WANTED = {
@@ -83,18 +97,22 @@ def _problem(error: ErrorDetails, model: type[Table], document: Document, at: Pa
         return document.problem((*path, *found["at"]), found["message"], found["hint"])
     if kind == "missing":
         example = _model_at(model, place[:-1]).examples.get(str(place[-1]), "")
-        return document.problem(path, "is missing", f"write {place[-1]} = {example}" if example else "")
+        return document.problem(path, "is missing", f"write {example}" if example else "")
     if kind == "extra_forbidden":
         return document.problem(path, "unknown key", _known(_model_at(model, place[:-1]), str(place[-1])))
     if kind in _WANTED:
-        return document.problem(path, f"must be {_WANTED[kind]}, not {show(value)}", _fixed(kind, value))
+        return document.problem(
+            path, f"must be {_WANTED[kind]}, not {show(value)}", _fixed(kind, value, path)
+        )
     return document.problem(path, f"{show(value)}: {error['msg']}")
 
 
-def _fixed(kind: str, value: object) -> str:
+def _fixed(kind: str, value: object, path: Path = ()) -> str:
     if kind == "string_type" and isinstance(value, int | float | bool):
         return f'write "{show(value)}"'
-    if kind == "list_type" and isinstance(value, str | int):
+    if kind == "list_type" and isinstance(value, dict):
+        return f"write [[{'.'.join(step for step in path if isinstance(step, str))}]], with two brackets"
+    if kind == "list_type":
         return f"write [{show(value)}]"
     if (
         kind in ("int_type", "bool_type")
@@ -109,8 +127,17 @@ def _known(model: type[Table], key: str) -> str:
     """Say what an unknown key probably meant."""
     if key in model.foreign:
         return f"here it is {model.foreign[key]}"
-    known = [field.alias or name for name, field in model.model_fields.items()]
-    return nearest(key, known) or f"known here: {', '.join(known)}"
+    return nearest(key, _keys(model)) or f"known here: {', '.join(_keys(model))}"
+
+
+def _meant(model: type[Table], key: str) -> str:
+    return model.foreign.get(key) or _nearest(key, _keys(model))
+
+
+def _keys(model: type[Table]) -> list[str]:
+    """Return the keys of a table, those that must be there first."""
+    fields = sorted(model.model_fields.items(), key=lambda field: not field[1].is_required())
+    return [field.alias or name for name, field in fields]
 
 
 def _model_at(model: type[Table], path: Path) -> type[Table]:
@@ -180,7 +207,7 @@ def one_of(known: Mapping[str, V], foreign: Mapping[str, str]) -> Callable[[obje
     """Return a validator for a word out of ``known``; ``foreign`` maps other systems' words to ours."""
 
     def validate(value: object) -> V:
-        word = text(value)
+        word = str(value).lower() if isinstance(value, bool) else text(value)
         if word in known:
             return known[word]
         close = f'did you mean "{foreign[word]}"?' if word in foreign else nearest(word, known)

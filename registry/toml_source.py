@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from registry.toml_writer import key_text
+
 Path = tuple[str | int, ...]
 """Keys and list positions from the top of a file to a value."""
 
@@ -68,7 +70,7 @@ class Document:
                 own = value.get("id") if isinstance(value, dict) else None
                 text += f"[{own if isinstance(own, str) else step + 1}]"
             else:
-                text += f".{step}" if text else step
+                text += f".{key_text(step)}" if text else key_text(step)
         return text
 
     def problem(self, path: Path, message: str, hint: str = "") -> Problem:
