@@ -4,5 +4,6 @@ from __future__ import annotations
 
 pytest_plugins = [
     "tests.support.etcd",
+    "tests.support.loops",
     "tests.support.servers",
 ]
