@@ -1,10 +1,10 @@
 """The agent's end of the worker socket: one :class:`Attachment` for each worker that is attached.
 
-A worker opens the connection and says who it is; ``accept`` (the agent's table of children) says whether it is
-wanted.  From then on requests are handed over with :meth:`Attachment.send`, and each is answered exactly once:
-by the worker, by its deadline, or by the end of the connection.  A request that was written to the connection
-and not answered is *unknown*, one that was still here is *refused*; a cast is answered when the worker's
-runtime says that it is in the mailbox.
+A worker opens the connection and says who it is; ``accept`` (the agent's table of children) says whether it
+is wanted.  From then on requests are handed over with :meth:`Attachment.send`, and each is answered exactly
+once: by the worker, by its deadline, or by the end of the connection.  A request that was written to the
+connection and not answered is *unknown*, one that was still here is *refused*; a cast is answered when the
+worker's runtime says that it is in the mailbox.
 
 What is queued in one turn of the loop travels in one write.  There is no task and no timer for a request: one
 timer for each connection looks for passed deadlines.  What a worker sends can end its own connection only.
@@ -46,7 +46,7 @@ Reply = Callable[[messages_pb2.Frame], None]
 
 
 class AttachHandler(Protocol):
-    """What the agent wants to hear about one worker's connection; called from the loop, never after closed."""
+    """What the agent wants to hear about one worker's connection; called from the loop."""
 
     def on_attached(self, attachment: Attachment) -> None:
         """It is attached.  What is sent from here reaches the worker before anything sent later."""
@@ -70,7 +70,7 @@ Accept = Callable[[str, Sequence[names_pb2.Method], bool], "str | AttachHandler"
 
 @dataclass(slots=True)
 class _Pending:
-    """A request that has not been answered; ``place`` counts the frames of its connection, 0 if not written."""
+    """An unanswered request; ``place`` counts the frames of its connection, 0 if not written yet."""
 
     reply: Reply
     deadline: Boottime
@@ -386,7 +386,7 @@ class WorkerSocket:
                 self._path.unlink()
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(self._connected, str(self._path))
-        # Workers may run as other users; who may reach the directory may knock, and a worker's id is a secret.
+        # Workers may run as other users; who reaches the directory may knock, a worker's id is a secret.
         self._path.chmod(0o666)
 
     def _connected(self) -> Attachment:

@@ -1,0 +1,186 @@
+"""Behaviours that tests run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from node_agent.behaviours import Reject, Server, Timer, call, cast
+from node_agent.mailbox import Message
+from registry.errors import Fenced
+
+
+@dataclass(frozen=True)
+class Order:
+    """An argument with a shape of its own."""
+
+    item: str
+    count: int = 1
+    at: datetime | None = None
+
+
+class Probe(Server):
+    """Does whatever a test asks for."""
+
+    @dataclass(frozen=True)
+    class Args:
+        """Its arguments."""
+
+        journal: str = ""
+        names: list[str] = field(default_factory=list)
+
+    args: Args
+
+    async def init(self) -> None:
+        self.seen: list[str] = []
+        self.gate = asyncio.Event()
+        self.timer: Timer | None = None
+
+    async def terminate(self, reason: str) -> None:
+        self.note(f"terminate {reason}")
+
+    def note(self, line: str) -> None:
+        if self.args.journal:
+            with Path(self.args.journal).open("a") as journal:
+                journal.write(line + "\n")
+
+    @call
+    async def who(self) -> dict[str, object]:
+        """Say who it is."""
+        return {
+            "name": self.name,
+            "epoch": self.epoch,
+            "start": self.start,
+            "node": self.node,
+            "host": self.host,
+            "pid": os.getpid(),
+            "names": self.args.names,
+        }
+
+    @call
+    async def echo(self, value: Any = None) -> Any:
+        return value
+
+    @call
+    async def raw(self, data: bytes) -> bytes:
+        """Return the bytes backwards."""
+        return data[::-1]
+
+    @call
+    async def order(self, order: Order, urgent: bool = False) -> Order:
+        """Take an order.
+
+        More text that is no description.
+        """
+        return order
+
+    @cast
+    async def remember(self, what: str) -> None:
+        self.seen.append(what)
+        self.note(f"remember {what}")
+
+    @call
+    async def remembered(self) -> list[str]:
+        return self.seen
+
+    @call
+    async def refuse(self) -> None:
+        raise Reject("not today", day="monday", limit=3)
+
+    @call
+    async def crash(self, what: str = "broken") -> None:
+        raise RuntimeError(what)
+
+    @call
+    async def superseded(self) -> None:
+        raise Fenced("a newer owner has epoch 8")
+
+    @call
+    async def hold(self, note: str = "hold") -> str:
+        """Wait for a file beside the journal, without holding the loop."""
+        self.note(note)
+        gate = Path(self.args.journal + ".gate")
+        while not gate.exists():
+            await asyncio.sleep(0.005)
+        return "let go"
+
+    @call
+    def block_thread(self) -> str:
+        self.note("block_thread")
+        gate = Path(self.args.journal + ".gate")
+        while not gate.exists():
+            time.sleep(0.005)
+        return "let go"
+
+    @call
+    async def block_loop(self) -> str:
+        """Wait for the file while holding the loop."""
+        self.note("block_loop")
+        gate = Path(self.args.journal + ".gate")
+        while not gate.exists():
+            time.sleep(0.005)
+        return "let go"
+
+    @call
+    async def large(self, size: int) -> bytes:
+        return bytes(size)
+
+    @call
+    async def unspeakable(self) -> object:
+        return object()
+
+    @call
+    async def count(self) -> int:
+        """Count how often it was executed."""
+        self.seen.append("count")
+        return len(self.seen)
+
+    @call
+    async def later(self, delay: float, what: str) -> None:
+        self.timer = self.send_after(delay, "remember", what=what)
+
+    @call
+    async def never_mind(self) -> bool:
+        assert self.timer is not None
+        return self.timer.cancel()
+
+
+class CatchAll(Server):
+    """Handles what it does not declare."""
+
+    async def init(self) -> None:
+        self.casts: list[str] = []
+
+    @call
+    async def declared(self) -> str:
+        return "declared"
+
+    async def handle_call(self, event: Message) -> object:
+        return {
+            "method": event.method,
+            "arguments": repr(event.arguments),
+            "sender": event.sender,
+            "casts": self.casts,
+        }
+
+    async def handle_cast(self, event: Message) -> None:
+        self.casts.append(event.method)
+
+
+class NeverReady(Server):
+    """Waits in init for ever."""
+
+    async def init(self) -> None:
+        await asyncio.Event().wait()
+
+
+class BrokenInit(Server):
+    """Cannot be initialised."""
+
+    async def init(self) -> None:
+        raise LookupError("no such queue")
