@@ -252,16 +252,16 @@ class Shared:
 
 
 @pytest.fixture(scope="session")
-def etcd_server() -> Iterator[Etcd]:
+def shared_etcd() -> Iterator[Etcd]:
     """One member for the whole run; do not hurt it."""
     with running() as server:
         yield server
 
 
 @pytest.fixture
-def etcd(etcd_server: Etcd) -> Shared:
+def etcd(shared_etcd: Etcd) -> Shared:
     """The shared server with a fresh prefix."""
-    return Shared(etcd_server, f"/test/{secrets.token_hex(6)}/")
+    return Shared(shared_etcd, f"/test/{secrets.token_hex(6)}/")
 
 
 @pytest.fixture
