@@ -56,6 +56,9 @@ class Outbox:
         self._bytes = 0
         self._filled = asyncio.Event()
 
+    def __len__(self) -> int:
+        return len(self._parts)
+
     def put(self, part: bytes) -> bool:
         """Queue one encoded frame; False when the outbox is full, and then nothing was queued."""
         if len(self._parts) >= self._max_frames or self._bytes >= self._max_bytes:
@@ -75,8 +78,12 @@ class Outbox:
         return True
 
     async def filled(self) -> None:
-        """Return when there is something to take."""
+        """Return when there is something to take, or after :meth:`nudge`."""
         await self._filled.wait()
+
+    def nudge(self) -> None:
+        """Let whoever waits in :meth:`filled` go on, though there may be nothing."""
+        self._filled.set()
 
     def take(self) -> bytes:
         """Return the next batch; from now on its frames are handed over."""

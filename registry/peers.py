@@ -147,7 +147,7 @@ class Peers:
     def _changed(self, change: Change) -> None:
         """Close the link to a node that has left, or that is found at another address."""
         peer = self._peers.get(change.key)
-        if peer is None:
+        if change.section != "nodes" or peer is None:
             return
         record = self._directory.nodes.get(peer.node)
         if record is not None and record.address == peer.address:

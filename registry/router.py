@@ -204,8 +204,7 @@ class Router:
 
     def _ownerless(self, request: _Request) -> None:
         name = request.frame.to
-        spec = self._directory.specs.get(name)
-        if spec is not None and spec.desired is Desired.RUNNING:
+        if self._is_wanted(name):
             self._wait(request)
             return
         try:
@@ -213,21 +212,12 @@ class Router:
         except HerdError as invalid:
             error = invalid
         else:
-            error = self._undeclared(name) if spec is None else _stopped(name)
+            error = _stopped(name) if name in self._directory.specs else unknown_name(self._directory, name)
         request.reply(wire.error_reply(request.frame, error))
 
-    def _undeclared(self, name: str) -> HerdError:
-        directory = self._directory
-        if not directory.in_sync:
-            return Unreachable(
-                f"{name} is not known, and this agent's copy of the registry is not in sync: "
-                f"{directory.stale_since}",
-                hint="`pgherd status` shows what etcd is doing",
-                details={"name": name},
-            )
-        known = {*directory.specs, *directory.owners}
-        hint = did_you_mean(name, known) or "`pgherd names` lists all names"
-        return NoSuchName(f"there is no daemon named {name}", hint=hint, details={"name": name})
+    def _is_wanted(self, name: str) -> bool:
+        spec = self._directory.specs.get(name)
+        return spec is not None and spec.desired is Desired.RUNNING
 
     def _not_here(self, name: str) -> WrongEpoch:
         owner = self._directory.lookup(name)
@@ -243,7 +233,7 @@ class Router:
         request.verdict = verdict
         name, route = request.frame.to, request.route
         owner = self._directory.lookup(name)
-        if owner is None and name not in self._directory.specs:
+        if owner is None and not self._is_wanted(name):
             request.reply(verdict)
             return
         self._wait(request, try_at=self._clock.now() + TRY_AGAIN)
@@ -311,8 +301,9 @@ class Router:
             asyncio.get_running_loop().call_soon(self.wake, name)
 
     def _changed(self, change: Change) -> None:
-        if change.key in self._waiting:
-            self._soon(change.key)
+        if change.section not in ("owners", "statuses", "specs"):
+            return
+        self._soon(change.key)
         if change.after is None and (route := self._routes.get(change.key)) and not route.unanswered:
             del self._routes[change.key]
 
@@ -323,3 +314,16 @@ def _stopped(name: str) -> NoOwner:
         hint=f"`pgherd start {name}` lets it run again",
         details={"name": name},
     )
+
+
+def unknown_name(directory: Directory, name: str) -> HerdError:
+    """Return what to say about a name that is neither declared nor owned, as far as this copy knows."""
+    if not directory.in_sync:
+        return Unreachable(
+            f"{name} is not known here, and this agent's copy of the registry is not in sync "
+            f"{directory.stale_since}",
+            hint="`pgherd status` shows what etcd is doing",
+            details={"name": name},
+        )
+    hint = did_you_mean(name, {*directory.specs, *directory.owners}) or "`pgherd names` lists all names"
+    return NoSuchName(f"there is no daemon named {name}", hint=hint, details={"name": name})
