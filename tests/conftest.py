@@ -5,5 +5,6 @@ from __future__ import annotations
 pytest_plugins = [
     "tests.support.etcd",
     "tests.support.loops",
+    "tests.support.postgres",
     "tests.support.servers",
 ]

@@ -1,0 +1,1 @@
+"""PostgreSQL: fences, fenced transactions, and the schema they need."""
