@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator
 from urllib.parse import parse_qsl, urlsplit
 
 from registry.toml_schema import show, text, wrong
 
 _PAIR = re.compile(r"""\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)(?=\s|$)""")
 _PASSWORD = re.compile(r"\b(ssl)?password\s*=\s*[^\s]", re.I)
+_SECRETS = {"password", "sslpassword"}
 _URI = ("postgresql://", "postgres://")
 
 
@@ -75,9 +77,8 @@ def _host_port(address: str, prefix: str) -> str:
 def conninfo(value: object) -> str:
     """Check a libpq connection string: one that can be read, and without a password."""
     string = text(value)
-    if not string.startswith(_URI):
-        _check_pairs(string)
-    if contains_password(string):
+    secret = contains_password(string) if string.startswith(_URI) else _SECRETS & set(_keywords(string))
+    if secret:
         raise wrong("contains a password", "use passfile=, a service file, or a certificate")
     return string
 
@@ -86,16 +87,17 @@ def contains_password(string: str) -> bool:
     """Tell whether a connection string, or an argument that may be or contain one, shows a password."""
     if string.startswith(_URI):
         parts = urlsplit(string)
-        given = {key for key, _ in parse_qsl(parts.query)}
-        return bool(parts.password) or bool(given & {"password", "sslpassword"})
+        return bool(parts.password or _SECRETS & {key for key, _ in parse_qsl(parts.query)})
     return _PASSWORD.search(string) is not None
 
 
-def _check_pairs(string: str) -> None:
+def _keywords(string: str) -> Iterator[str]:
+    """Yield the keywords of a connection string as libpq reads it."""
     position = 0
     while string[position:].strip():
         pair = _PAIR.match(string, position)
         if pair is None:
             hint = f'write "dbname={string}" or "service={string}"' if re.fullmatch(r"\w+", string) else ""
             raise wrong(f"{show(string)} is not of the form key=value ...", hint)
+        yield pair[1]
         position = pair.end()

@@ -13,6 +13,8 @@ ETCD_ELECTION = 1.0
 SHORTEST_ELECTION = 0.5
 """Seconds of the election timeout that the shortest accepted lease is made for."""
 
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -29,7 +31,7 @@ class Timing:
     def __post_init__(self) -> None:
         if self.ttl <= 0 or self.ttl != int(self.ttl):
             raise _unusable(self.ttl, "etcd counts leases in whole seconds")
-        if not 2 * self.keepalive_every + self.attempt < self.soft or not self.outlives_election:
+        if not (self.outlives_misses and self.outlives_election):
             shortest = format_duration(default_ttl(self.election))
             raise _unusable(
                 self.ttl,
@@ -59,9 +61,14 @@ class Timing:
         return self.hard - self.ttl / 6
 
     @property
+    def outlives_misses(self) -> bool:
+        """Trust does not end before the second renewal in a row has failed."""
+        return 2 * self.keepalive_every + self.attempt < self.soft
+
+    @property
     def outlives_election(self) -> bool:
         """Four election timeouts (one split vote) after a whole renewal interval end before trust does."""
-        return self.keepalive_every + 4 * self.election <= self.soft
+        return self.keepalive_every + 4 * self.election <= self.soft + _ROUNDING
 
     def table(self) -> tuple[tuple[str, float, str], ...]:
         """Return (what, seconds, formula) for ``pgherd doctor``."""
@@ -89,6 +96,6 @@ def default_ttl(election: float) -> float:
     """Return the shortest usable time to live for etcd's election timeout, both in seconds.
 
     One renewal interval (ttl/6), four election timeouts and the margins (attempt ttl/10, stop stages ttl/6,
-    0.5 s) must fit: 8 s at etcd's default of 1 s, 5 s at 0.5 s.
+    0.5 s) must fit: 8 s at etcd's default of 1 s, 5 s at 0.5 s.  Below 2 s two renewals would not.
     """
-    return float(math.ceil((4 * election + 0.5) / (1 - 1 / 6 - 1 / 10 - 1 / 6)))
+    return float(max(2, math.ceil((4 * election + 0.5) / (1 - 1 / 6 - 1 / 10 - 1 / 6) - _ROUNDING)))
