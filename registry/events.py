@@ -305,3 +305,11 @@ class LinkDropped(Event):
     text = "link with {peer} ended: {why}"
     peer: str
     why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerNotAdopted(Event):
+    level = logging.WARNING
+    text = "{name}: pid {pid} of the former agent is killed: {why}"
+    pid: int
+    why: str

@@ -1,0 +1,327 @@
+"""The agent: every object is built here, in the order in which it starts, and stopped in reverse.
+
+    warden link → supervisor → directory, names → membership → router, peers → server → worker socket
+
+The server comes up without etcd, so that `status` and `why` answer from the first second.  The worker socket
+comes last: a worker of a former agent is let in only when it is clear whether it is still ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import grpc
+
+from node_agent import adoption, protocol
+from node_agent.attachment import WorkerSocket
+from node_agent.children_dir import read_children
+from node_agent.lifecycle import Child
+from node_agent.local import Local
+from node_agent.membership import Membership
+from node_agent.postgres.fence import FenceRaiser
+from node_agent.restarts import RestartWindow
+from node_agent.services import Cluster, Remote, Supervision
+from node_agent.supervisor import Ending, Supervisor
+from node_agent.view import View
+from node_agent.warden_link import WardenLink
+from node_agent.wishes import Wishes
+from registry import events, security
+from registry.clock import SYSTEM_CLOCK, Boottime, Clock
+from registry.config import AgentConfig
+from registry.directory import Directory
+from registry.etcd import EtcdStore
+from registry.names import Names
+from registry.nodes import NodeRecord, Nodes, NodeState
+from registry.ownership import Owner, cluster_prefix
+from registry.peers import Peers
+from registry.router import Router
+from registry.server import Server
+from registry.specs import Specs
+from registry.v1 import cluster_pb2, cluster_pb2_grpc, supervision_pb2_grpc
+
+PROTOCOL = 1
+"""Version of what agents say to each other."""
+CONFIRM_TIMEOUT = 0.05
+"""Seconds an agent has to say whether it still runs a name whose owner key vanished."""
+RESTART_GRACE = 0.2
+"""Seconds for answers under way before the agent's process is replaced."""
+
+
+def version() -> str:
+    """Return pgherd's version."""
+    return metadata.version("pgherd")
+
+
+def make_store(config: AgentConfig) -> EtcdStore:
+    """Return a new connection to etcd; of use in the running loop only."""
+    etcd = config.etcd
+    password = etcd.password_file.read_text().strip() if etcd.password_file else ""
+    return EtcdStore(
+        etcd.endpoints,
+        tls=etcd.tls,
+        user=etcd.user,
+        password=password,
+        canary=f"{cluster_prefix(config.cluster)}incarnation",
+    )
+
+
+@dataclass
+class ChildHost:
+    """What children need of this agent (:class:`node_agent.lifecycle.Host`)."""
+
+    cluster: str
+    host: str
+    socket: str
+    link: WardenLink
+    fences: FenceRaiser
+    log: events.EventLog
+    conninfos: Mapping[str, str]
+    clock: Clock = SYSTEM_CLOCK
+    counted: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def emit(self, event: events.Event) -> None:
+        self.log(event)
+
+    def last_start(self, key: str, epoch: int) -> int:
+        return self.counted.get((key, epoch), 0)
+
+    def started(self, child: Child, start: int) -> None:
+        self.counted[child.key, child.epoch] = start
+
+    def note(self, child: Child, window: RestartWindow) -> None:
+        self.link.remember(adoption.child_key(child.key), adoption.child_note(child, window))
+
+
+class Agent:
+    """One agent process, from the warden's welcome to its shutdown."""
+
+    def __init__(self, config: AgentConfig, link: WardenLink) -> None:
+        self._config, self._link = config, link
+        self._emit = events.EventLog()
+        self._own = read_children(config.children_dir, config.databases)
+        prefix = cluster_prefix(config.cluster)
+        conninfos = {name: database.conninfo for name, database in config.databases.items()}
+        self._host = ChildHost(
+            cluster=config.cluster,
+            host=config.host,
+            socket=str(config.run_dir / "worker.sock"),
+            link=link,
+            fences=FenceRaiser(conninfos, cluster=config.cluster),
+            log=self._emit,
+            conninfos=conninfos,
+            counted=dict(link.welcome.starts),
+        )
+        self._supervisor = Supervisor(
+            self._host, link, on_change=self._child_changed, on_end=self._child_ended
+        )
+        self._store = make_store(config)
+        self._directory = Directory(self._store, prefix, SYSTEM_CLOCK, self._emit)
+        names, nodes = Names(self._store, prefix), Nodes(self._store, prefix)
+        specs = Specs(self._store, prefix)
+        wishes = Wishes(config.databases)
+        self._local = Local(self._supervisor, self._trusted)
+        self._membership = Membership(
+            host=config.host,
+            timing=config.timing,
+            make_store=lambda: make_store(config),
+            directory=self._directory,
+            names=names,
+            nodes=nodes,
+            specs=specs,
+            supervisor=self._supervisor,
+            link=link,
+            wishes=wishes,
+            own_specs=[spec for spec in self._own.specs if spec.name],
+            clock=SYSTEM_CLOCK,
+            emit=self._emit,
+            facts=self._facts,
+            methods=self._local.methods,
+            confirm=self._confirm,
+            silent_until=self._silent_until,
+        )
+        self._peers = Peers(
+            self._directory,
+            SYSTEM_CLOCK,
+            self._emit,
+            node=lambda: self._membership.node,
+            connect=self._connect,
+        )
+        self._router = Router(self._directory, self._peers, self._local, SYSTEM_CLOCK)
+        view = View(
+            config=config,
+            version=version(),
+            welcome=link.welcome,
+            membership=self._membership,
+            directory=self._directory,
+            supervisor=self._supervisor,
+            wishes=wishes,
+            own=self._own,
+            log=self._emit,
+            clock=SYSTEM_CLOCK,
+        )
+        supervision = Supervision(view, specs, Remote(view, self._peers), link, self._emit)
+        cluster = Cluster(view, self._store, self._supervisor, self._replace_process)
+        self._server = Server(
+            router=self._router,
+            peers=self._peers,
+            directory=self._directory,
+            clock=SYSTEM_CLOCK,
+            node=lambda: self._membership.node,
+            ready=lambda: self._trusted() and self._directory.in_sync,
+            read_owner=names.read_owner,
+            services=(
+                (
+                    "pgherd.v1.Supervision",
+                    lambda server: supervision_pb2_grpc.add_SupervisionServicer_to_server(
+                        supervision, server
+                    ),
+                ),
+                (
+                    "pgherd.v1.Cluster",
+                    lambda server: cluster_pb2_grpc.add_ClusterServicer_to_server(cluster, server),
+                ),
+            ),
+        )
+        self._workers = WorkerSocket(config.run_dir / "worker.sock", self._local.accept, self._emit)
+
+    async def run(self) -> None:
+        """Work until the launcher was told to stop; then stop in order."""
+        self._emit(
+            events.AgentStarted(
+                host=self._config.host,
+                version=version(),
+                generation=self._link.welcome.generation,
+                containment=self._link.welcome.containment,
+            )
+        )
+        for problem in self._own.problems:
+            self._emit(events.SpecInvalid(name=problem.key or problem.source, why=str(problem)))
+        former = self._adopt()
+        async with asyncio.TaskGroup() as tasks:
+            carried = [
+                tasks.create_task(work, name=name)
+                for name, work in (
+                    ("petting", self._link.keep_petting()),
+                    ("supervisor", self._supervisor.run()),
+                    ("directory", self._directory.run()),
+                    ("peers", self._peers.run()),
+                )
+            ]
+            membership = tasks.create_task(self._membership.run(former), name="membership")
+            self._run_own_children()
+            await self._server.start(self._config.run_dir / "agent.sock", self._config.listen)
+            await self._membership.settled.wait()
+            await self._workers.start()
+            await self._stop(await self._stop_order())
+            for task in (*carried, membership):
+                task.cancel()
+        await self._host.fences.close()
+        await self._store.close()
+
+    # Starting.
+
+    def _adopt(self) -> adoption.FormerSession | None:
+        """Take over what may be taken over of the agent before this one, and kill the rest."""
+        welcome = self._link.welcome
+        former = adoption.remembered_session(welcome.remembered, welcome.leases, SYSTEM_CLOCK.now())
+        locals_ = {spec.id: spec for spec in self._own.specs if not spec.name}
+        for verdict in adoption.plan(welcome.workers, welcome.remembered, former, locals_):
+            match verdict:
+                case adoption.Adopt(row, spec, ownership, window):
+                    child = self._supervisor.adopt(spec, row, ownership, window)
+                    if ownership is None:
+                        child.confirm()
+                case adoption.Kill(row, why):
+                    self._emit(events.WorkerNotAdopted(name=row.child, pid=row.pid, why=why))
+                    self._link.kill(row.worker)
+        return former
+
+    def _run_own_children(self) -> None:
+        for spec in self._own.specs:
+            if not spec.name and spec.id not in self._supervisor.children:
+                self._supervisor.run_child(spec)
+
+    # Stopping.
+
+    async def _stop_order(self) -> protocol.Stop:
+        async for order in self._link.orders():
+            if isinstance(order, protocol.Stop):
+                return order
+        raise AssertionError("the orders of a warden never end")
+
+    async def _stop(self, order: protocol.Stop) -> None:
+        """Refuse new work, stop the children, give the names up, and the lease last."""
+        self._emit(events.AgentStopping(host=self._config.host, mode=order.mode))
+        await self._membership.leave(f"the agent of {self._config.host} stops")
+        self._router.close()
+        await self._server.stop(grace=RESTART_GRACE)
+        await self._workers.close()
+        await self._link.shutdown()
+
+    def _replace_process(self) -> None:
+        """End this process so that the warden starts the next one; nothing is stopped or released."""
+        asyncio.get_running_loop().call_later(RESTART_GRACE, os._exit, 0)
+
+    # What the parts ask of each other.
+
+    def _trusted(self) -> bool:
+        return self._membership.trusted()
+
+    def _child_changed(self, child: Child) -> None:
+        self._membership.publish(child)
+        self._router.wake(child.key)
+
+    def _child_ended(self, ending: Ending) -> None:
+        self._link.remember(adoption.child_key(ending.child.key), None)
+        self._membership.ended(ending)
+        self._router.wake(ending.child.key)
+
+    def _facts(self, node: str, state: NodeState) -> NodeRecord:
+        config = self._config
+        return NodeRecord(
+            node=node,
+            host=config.host,
+            address=config.listen.grpc,
+            version=version(),
+            protocol=PROTOCOL,
+            containment=self._link.welcome.containment,
+            state=state,
+            labels=config.labels,
+            databases=tuple(sorted(config.databases)),
+        )
+
+    def _connect(self, address: str) -> grpc.aio.Channel:
+        listen = self._config.listen
+        return security.channel(address, listen.tls, insecure=listen.insecure)
+
+    async def _confirm(self, owner: Owner) -> bool:
+        """Ask an owner's agent to make sure that it does not run the name any more; False: no answer."""
+        record = self._directory.nodes.get(owner.node) or self._directory.departed.get(owner.node)
+        if record is None:
+            return False
+        channel = self._connect(record.address)
+        try:
+            stub = cluster_pb2_grpc.ClusterStub(channel)
+            request = cluster_pb2.ConfirmRequest(name=owner.name, epoch=owner.epoch)
+            await stub.Confirm(request, timeout=CONFIRM_TIMEOUT)
+        except grpc.aio.AioRpcError:
+            return False
+        finally:
+            await channel.close()
+        return True
+
+    def _silent_until(self, owner: Owner) -> Boottime:
+        """Return when a silent owner's lease must have ended, by what was last heard from its agent."""
+        heard = self._peers.heard(owner.node)
+        return heard + self._config.timing.ttl if heard is not None else SYSTEM_CLOCK.now()
+
+
+async def run(config: AgentConfig, control_fd: int) -> int:
+    """Be the agent of ``config`` under the warden at ``control_fd``; return the process's exit code."""
+    link = await WardenLink.open(control_fd)
+    await Agent(config, link).run()
+    return 0

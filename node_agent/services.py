@@ -1,0 +1,361 @@
+"""The gRPC services that need the agent around them: Supervision and Cluster.  Decode, ask, encode.
+
+What concerns a child of another host is passed on to that host's agent, so any agent can be asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+import grpc
+
+from node_agent.child import parse, stop_fits, to_toml
+from node_agent.postgres.probe import probe_databases
+from node_agent.supervisor import Supervisor
+from node_agent.view import View
+from node_agent.warden_link import WardenLink
+from registry import events, wire
+from registry.config import ConfigInvalid
+from registry.errors import HerdError, Invalid, NoOwner, NoSuchName, Unreachable
+from registry.names import did_you_mean, validate
+from registry.ownership import WorkerState
+from registry.peers import Peers
+from registry.specs import Desired, Specs, What
+from registry.store import Store
+from registry.v1 import cluster_pb2, cluster_pb2_grpc, supervision_pb2, supervision_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+R = TypeVar("R")
+
+RELAYED = "pgherd-relayed"
+"""Metadata that marks a request which another agent has passed on: it is never passed on again."""
+FORWARD_TIMEOUT = 5.0
+"""Seconds for another agent to answer."""
+LOG_TAIL = 1 << 20
+"""Bytes of output that a warden keeps of a child."""
+
+
+def _who(context: Context, given: str) -> str:
+    return given or f"client {context.peer()}"
+
+
+class Remote:
+    """Finds the agent a request is for: this one, or another that it is passed on to once."""
+
+    def __init__(self, view: View, peers: Peers) -> None:
+        self._view, self._peers = view, peers
+
+    def of(self, name: str, context: Context) -> grpc.aio.Channel | None:
+        """Return the channel to the agent that has the child, None when that is this one.
+
+        Raises NoSuchName, NoOwner, Unreachable.
+        """
+        view = self._view
+        if name in view.supervisor.children:
+            return None
+        owner = view.directory.lookup(name)
+        if owner is None:
+            if name in view.directory.specs:
+                raise NoOwner(f"{name} runs nowhere", hint=f"pgherd why {name}", details={"name": name})
+            hint = did_you_mean(name, view.known()) or "`pgherd ps` lists all children"
+            raise NoSuchName(f"there is no daemon or child named {name}", hint=hint, details={"name": name})
+        channel = None if relayed(context) else self._peers.channel(owner.node)
+        if channel is None:
+            raise Unreachable(
+                f"{name} is on {owner.host}, and its agent cannot be asked", hint="pgherd nodes"
+            )
+        return channel
+
+    def others(self) -> Iterable[tuple[str, grpc.aio.Channel | None]]:
+        """Yield every other living host with a channel to its agent."""
+        for record in self._view.directory.nodes.values():
+            if record.node != self._view.membership.node and record.host != self._view.config.host:
+                yield record.host, self._peers.channel(record.node)
+
+
+def relayed(context: Context) -> bool:
+    """Return whether another agent has passed this request on."""
+    return any(key == RELAYED for key, _ in context.invocation_metadata() or ())
+
+
+class Supervision(supervision_pb2_grpc.SupervisionServicer):
+    """Specs and children."""
+
+    def __init__(
+        self,
+        view: View,
+        specs: Specs,
+        remote: Remote,
+        link: WardenLink,
+        emit: Callable[[events.Event], None],
+    ) -> None:
+        self._view, self._specs, self._remote, self._link, self._emit = view, specs, remote, link, emit
+
+    async def Apply(
+        self, request: supervision_pb2.ApplyRequest, context: Context
+    ) -> supervision_pb2.ApplyResponse:
+        return await self._apply(request, _who(context, request.who))
+
+    async def _apply(self, request: supervision_pb2.ApplyRequest, who: str) -> supervision_pb2.ApplyResponse:
+        source = request.source or "spec"
+        try:
+            specs = parse(request.toml, source)
+        except ConfigInvalid as invalid:
+            raise Invalid(
+                f"{source} is not valid, nothing was applied:\n" + "\n".join(map(str, invalid.problems)),
+                hint=f"`pgherd check {source}` shows the same",
+            ) from invalid
+        unnamed = [spec.id for spec in specs if not spec.name]
+        if unnamed:
+            raise Invalid(
+                f"{source}: child {unnamed[0]} has no `name`: only named children are cluster-wide",
+                hint="give it a name, or put the file into children.d of a host",
+            )
+        response = supervision_pb2.ApplyResponse()
+        for spec in specs:
+            result = await self._specs.apply(spec.name, to_toml(spec), spec.digest, who)
+            warning = stop_fits(spec, self._view.config.timing)
+            what = f"{result.what.value} ({warning})" if warning else result.what.value
+            response.applied.add(name=spec.name, what=what)
+            if result.what is not What.UNCHANGED:
+                self._emit(events.SpecChanged(name=spec.name, what=result.what.value, who=who))
+        return response
+
+    async def Delete(self, request: supervision_pb2.NameRequest, context: Context) -> supervision_pb2.Done:
+        return await self._delete(request.name, _who(context, request.who))
+
+    async def _delete(self, name: str, who: str) -> supervision_pb2.Done:
+        validate(name)
+        result = await self._specs.delete(name)
+        if result.what is What.ABSENT:
+            raise self._undeclared(name)
+        self._emit(events.SpecChanged(name=name, what="deleted", who=who))
+        return supervision_pb2.Done(what=f"{name}: spec deleted, its worker is being stopped")
+
+    async def Start(self, request: supervision_pb2.NameRequest, context: Context) -> supervision_pb2.Done:
+        return await self._wish(request, context, Desired.RUNNING)
+
+    async def Stop(self, request: supervision_pb2.NameRequest, context: Context) -> supervision_pb2.Done:
+        return await self._wish(request, context, Desired.STOPPED)
+
+    async def _wish(
+        self, request: supervision_pb2.NameRequest, context: Context, desired: Desired
+    ) -> supervision_pb2.Done:
+        name, who = validate(request.name), _who(context, request.who)
+        result = await self._specs.set_desired(name, desired, who)
+        if result.what is What.ABSENT:
+            raise self._undeclared(name)
+        if result.what is What.UNCHANGED:
+            return supervision_pb2.Done(what=f"{name}: should be {desired.value} already")
+        self._emit(events.SpecChanged(name=name, what=f"desired {desired.value}", who=who))
+        return supervision_pb2.Done(what=f"{name}: should be {desired.value} now")
+
+    def _undeclared(self, name: str) -> HerdError:
+        if name in self._view.supervisor.children:
+            return Invalid(
+                f"{name} is a child of this host only, declared in its children.d",
+                hint=f"`pgherd restart {name}` restarts it; edit the file to remove it",
+            )
+        hint = did_you_mean(name, self._view.directory.specs) or "`pgherd specs` lists all"
+        return NoSuchName(f"there is no spec named {name}", hint=hint, details={"name": name})
+
+    async def Specs(
+        self, request: supervision_pb2.SpecsRequest, context: Context
+    ) -> supervision_pb2.SpecsResponse:
+        found = self._view.specs(request.name)
+        if request.name and not found:
+            raise self._undeclared(request.name)
+        return supervision_pb2.SpecsResponse(specs=found)
+
+    async def Restart(
+        self, request: supervision_pb2.RestartRequest, context: Context
+    ) -> supervision_pb2.Done:
+        return await self._restart(request, context)
+
+    async def _restart(
+        self, request: supervision_pb2.RestartRequest, context: Context
+    ) -> supervision_pb2.Done:
+        who = _who(context, request.who)
+        channel = self._remote.of(request.name, context)
+        if channel is not None:
+            stub = supervision_pb2_grpc.SupervisionStub(channel)
+            forwarded = supervision_pb2.RestartRequest(name=request.name, who=who)
+            return await _forward(
+                stub.Restart(forwarded, timeout=FORWARD_TIMEOUT, metadata=((RELAYED, "1"),))
+            )
+        self._view.supervisor.children[request.name].stop(f"restart by {who}", again=True)
+        return supervision_pb2.Done(what=f"{request.name}: being restarted on {self._view.config.host}")
+
+    async def Children(
+        self, request: supervision_pb2.ChildrenRequest, context: Context
+    ) -> supervision_pb2.ChildrenResponse:
+        here = self._view.config.host
+        response = supervision_pb2.ChildrenResponse()
+        if request.host in ("", here):
+            response.children.extend(self._view.children())
+        if relayed(context) or request.host == here:
+            return response
+        asked = [(host, c) for host, c in self._remote.others() if request.host in ("", host)]
+        if request.host and not asked:
+            hosts = self._view.directory.hosts
+            hint = did_you_mean(request.host, hosts) or "pgherd nodes"
+            raise Unreachable(f"host {request.host} is not up", hint=hint)
+        answers = await asyncio.gather(*(self._children_of(host, channel) for host, channel in asked))
+        for (host, _), children in zip(asked, answers, strict=True):
+            if children is None:
+                response.silent.append(host)
+            else:
+                response.children.extend(children)
+        return response
+
+    @staticmethod
+    async def _children_of(
+        host: str, channel: grpc.aio.Channel | None
+    ) -> Iterable[supervision_pb2.Child] | None:
+        if channel is None:
+            return None
+        stub = supervision_pb2_grpc.SupervisionStub(channel)
+        request = supervision_pb2.ChildrenRequest(host=host)
+        try:
+            reply = await stub.Children(request, timeout=FORWARD_TIMEOUT, metadata=((RELAYED, "1"),))
+        except grpc.aio.AioRpcError:
+            return None
+        return reply.children
+
+    async def Logs(
+        self, request: supervision_pb2.LogsRequest, context: Context
+    ) -> AsyncIterator[supervision_pb2.LogsChunk]:
+        try:
+            channel = self._remote.of(request.name, context)
+        except NoOwner:
+            # Its last process may have run here: the warden keeps its output.
+            channel = None
+            if not (await self._link.output(request.name, 1)).data:
+                raise
+        if channel is not None:
+            stub = supervision_pb2_grpc.SupervisionStub(channel)
+            async for chunk in stub.Logs(request, metadata=((RELAYED, "1"),)):
+                yield chunk
+            return
+        tail = await self._link.output(request.name, LOG_TAIL)
+        data, dropped = tail.data, tail.dropped
+        if request.lines:
+            kept = b"".join(data.splitlines(keepends=True)[-request.lines :])
+            data, dropped = kept, dropped + len(data) - len(kept)
+        yield supervision_pb2.LogsChunk(data=data, dropped=dropped)
+        if request.follow:
+            async for piece in self._link.follow(request.name):
+                yield supervision_pb2.LogsChunk(data=piece.data, dropped=piece.dropped)
+
+
+async def _forward(call: Awaitable[R]) -> R:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise wire.error_of_rpc(error) from error
+
+
+class Cluster(cluster_pb2_grpc.ClusterServicer):
+    """Nodes, health and explanations."""
+
+    def __init__(
+        self, view: View, store: Store, supervisor: Supervisor, restart_agent: Callable[[], None]
+    ) -> None:
+        self._view, self._store, self._supervisor = view, store, supervisor
+        self._restart_agent = restart_agent
+
+    async def Status(
+        self, request: cluster_pb2.StatusRequest, context: Context
+    ) -> cluster_pb2.StatusResponse:
+        members, databases = await asyncio.gather(
+            self._store.members(), probe_databases(self._view.config.databases, self._view.config.cluster)
+        )
+        return self._view.status(members, databases)
+
+    async def Nodes(self, request: cluster_pb2.NodesRequest, context: Context) -> cluster_pb2.NodesResponse:
+        return self._view.nodes()
+
+    async def Why(self, request: cluster_pb2.WhyRequest, context: Context) -> cluster_pb2.WhyResponse:
+        return self._view.why(request.name)
+
+    async def Wait(self, request: cluster_pb2.WaitRequest, context: Context) -> cluster_pb2.WaitResponse:
+        return await self._wait(request)
+
+    async def _wait(self, request: cluster_pb2.WaitRequest) -> cluster_pb2.WaitResponse:
+        goal = getattr(request, "for")
+        directory, name = self._view.directory, validate(request.name)
+        if goal not in ("ready", "stopped", "moved"):
+            raise Invalid(f"cannot wait for {goal!r}", hint="ready, stopped or moved")
+        await directory.synced()
+        if name not in directory.specs and directory.lookup(name) is None:
+            hint = did_you_mean(name, self._view.known()) or "pgherd names"
+            raise NoSuchName(f"there is no daemon named {name}", hint=hint, details={"name": name})
+        first = directory.lookup(name)
+        above = request.above_epoch or (first.epoch if first else 0)
+        while True:
+            change = directory.changed(name)
+            owner, status = directory.lookup(name), directory.status(name)
+            ready = status is not None and status.state is WorkerState.READY
+            reached = {
+                "ready": ready,
+                "stopped": owner is None,
+                "moved": ready and owner is not None and owner.epoch > above,
+            }[goal]
+            if reached:
+                change.cancel()
+                epoch, host = (owner.epoch, owner.host) if owner else (0, "")
+                return cluster_pb2.WaitResponse(epoch=epoch, host=host)
+            await change
+
+    async def Events(
+        self, request: cluster_pb2.EventsRequest, context: Context
+    ) -> AsyncIterator[cluster_pb2.EventRecord]:
+        fresh: asyncio.Queue[events.Recorded] = asyncio.Queue(maxsize=1000)
+
+        def tell(recorded: events.Recorded) -> None:
+            if fresh.full():
+                fresh.get_nowait()
+            fresh.put_nowait(recorded)
+
+        unsubscribe = self._view.log.subscribe(tell)
+        try:
+            past = self._view.log.about(request.name) if request.name else self._view.log.all()
+            for recorded in tuple(past):
+                yield _record(recorded)
+            while request.follow:
+                recorded = await fresh.get()
+                if request.name in ("", recorded.event.name):
+                    yield _record(recorded)
+        finally:
+            unsubscribe()
+
+    async def Confirm(
+        self, request: cluster_pb2.ConfirmRequest, context: Context
+    ) -> cluster_pb2.ConfirmResponse:
+        child = self._supervisor.lose(request.name, request.epoch, "another agent asks whether it still runs")
+        if child is not None:
+            await child.done.wait()
+        return cluster_pb2.ConfirmResponse(was_running=child is not None)
+
+    async def RestartAgent(
+        self, request: cluster_pb2.RestartAgentRequest, context: Context
+    ) -> cluster_pb2.RestartAgentResponse:
+        self._restart_agent()
+        return cluster_pb2.RestartAgentResponse(generation=self._view.welcome.generation)
+
+
+_LEVELS = {"INFO": "info", "WARNING": "warning", "ERROR": "err"}
+
+
+def _record(recorded: events.Recorded) -> cluster_pb2.EventRecord:
+    event = recorded.event
+    return cluster_pb2.EventRecord(
+        at=recorded.at.timestamp(),
+        kind=events.kind(event),
+        name=event.name,
+        text=event.describe(),
+        level=_LEVELS.get(logging.getLevelName(event.level), "info"),
+    )
