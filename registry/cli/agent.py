@@ -17,8 +17,8 @@ from google.protobuf.message import Message
 
 from registry import security
 from registry.cli.invocation import Invocation
-from registry.client import resolve_address
 from registry.errors import HerdError, Unreachable
+from registry.find_agent import find_agent
 from registry.units import format_duration
 from registry.v1.cluster_pb2_grpc import ClusterStub
 from registry.v1.messages_pb2_grpc import MessagesStub
@@ -99,7 +99,7 @@ def connect(invocation: Invocation) -> Iterator[Agent]:
 
     Raises Unreachable when none listens there, Denied when the connection would not be safe.
     """
-    address = resolve_address(invocation.agent)
+    address = find_agent(invocation.agent)
     _knock(address)
     with asyncio.Runner() as runner:
         channel = runner.run(_open(address))
@@ -110,7 +110,11 @@ def connect(invocation: Invocation) -> Iterator[Agent]:
 
 
 async def _open(address: str) -> grpc.aio.Channel:
-    return security.channel(address)
+    if security.is_private(address):
+        return security.channel(address)
+    # Another host wants a certificate; the one of this host is ours to show if we may read its key.
+    listen = load(configuration_path()).listen
+    return security.channel(address, listen.tls, insecure=listen.insecure)
 
 
 def _knock(address: str) -> None:

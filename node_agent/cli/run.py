@@ -1,0 +1,44 @@
+"""``pgherd run``: the host process.  Validates the configuration, then becomes the launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from node_agent.cli.check import check as check_files
+from registry.cli.invocation import Command
+from registry.config import load
+
+CONFIG = Path("/etc/pgherd/agent.toml")
+
+config_option = click.option(
+    "-c",
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar="PGHERD_CONFIG",
+    show_envvar=True,
+    default=CONFIG,
+    show_default=True,
+    help="The host's configuration.",
+)
+
+
+@click.command(cls=Command)
+@config_option
+@click.option("--check", is_flag=True, help="Only validate it, and the specs in its children.d.")
+@click.pass_context
+def run(context: click.Context, config: Path, check: bool) -> None:
+    """Run pgherd on this host: launcher, warden and agent; never returns.
+
+    For systemd or a container's first process.  Exit code 2 when the configuration is wrong.
+    """
+    loaded = load(config)
+    if check:
+        specs = [loaded.children_dir] if loaded.children_dir.is_dir() else []
+        context.exit(context.invoke(check_files, files=[config, *specs]))
+    # -P: a directory called registry or node_agent where we were started is not ours.
+    module = ["-P", "-m", "node_agent.launcher"]
+    os.execv(sys.executable, [sys.executable, *module, "-c", str(config.absolute())])
