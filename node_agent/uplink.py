@@ -31,7 +31,7 @@ KEPT_ANSWERS = 1024
 """Answers kept until an agent acknowledges them."""
 
 KEPT_BYTES = 8 * 1024 * 1024
-"""Bytes of answers kept until an agent acknowledges them; they fit into one message with the rest of Attach."""
+"""Bytes of answers kept until an agent acknowledges them; with the rest of Attach they fit into a message."""
 
 BACKLOG_BYTES = 64 * 1024 * 1024
 """Bytes that may wait for an agent that does not read, before the connection is given up."""

@@ -40,22 +40,25 @@ class BadBehaviour(Exception):
 class Parameters:
     """Named, typed values that are read from a JSON object."""
 
-    def __init__(self, owner: str, types: Mapping[str, Any], required: Iterable[str]) -> None:
+    def __init__(
+        self, owner: str, types: Mapping[str, Any], written: Mapping[str, object], required: Iterable[str]
+    ) -> None:
+        """``written`` is how the author wrote each of the ``types``; ``owner`` begins every error."""
         self._owner = owner
-        self._types = dict(types)
+        self._types = {name: _type_text(written.get(name, kind)) for name, kind in types.items()}
         self.required = frozenset(required)
         members = {
             name: Required[kind] if name in self.required else NotRequired[kind]
-            for name, kind in self._types.items()
+            for name, kind in types.items()
         }
-        shape = TypedDict(owner, members)  # type: ignore[operator]
-        shape.__pydantic_config__ = ConfigDict(
-            extra="forbid", strict=True, arbitrary_types_allowed=False, ser_json_inf_nan="null"
-        )
+        # A TypedDict made at run time, which type checkers have no notion of.
+        make: Any = TypedDict
+        shape = make(owner, members)
+        shape.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
         try:
             self._read = TypeAdapter(shape).validator.validate_json
         except (PydanticUserError, TypeError) as error:
-            raise BadBehaviour(f"{owner}: {str(error).splitlines()[0]}") from error
+            raise BadBehaviour(f"{owner} cannot be checked: {str(error).splitlines()[0]}") from error
 
     def read(self, text: str) -> dict[str, Any]:
         """Return the values in the JSON object ``text``.  Raises :class:`registry.errors.Invalid`."""
@@ -81,11 +84,11 @@ class Parameters:
             return f"the arguments must be a JSON object, not {shown(value)}"
         argument = str(location[0])
         if len(location) == 1 and kind == "missing":
-            return f'argument "{argument}" ({type_text(self._types[argument])}) is missing'
+            return f'argument "{argument}" ({self._types[argument]}) is missing'
         if len(location) == 1 and kind == "extra_forbidden":
             return f'there is no argument "{argument}"'
         path = ".".join(str(part) for part in location)
-        wanted = type_text(self._types[argument])
+        wanted = self._types[argument]
         reason = problem["msg"][:1].lower() + problem["msg"][1:]
         return f'argument "{path}" is {shown(value)}, "{argument}" must be {wanted}: {reason}'
 
@@ -183,9 +186,11 @@ def read_args(behaviour: type, args: Mapping[str, Any]) -> Any:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise BadBehaviour(f"{behaviour.__name__}.Args must be a dataclass")
     types = _hints(kind, f"{behaviour.__name__}.Args")
-    named = [field for field in fields(kind) if field.init]
+    named = [f for f in fields(kind) if f.init]
     required = [f.name for f in named if f.default is MISSING and f.default_factory is MISSING]
-    parameters = Parameters("args", {field.name: types[field.name] for field in named}, required)
+    parameters = Parameters(
+        "args", {f.name: types[f.name] for f in named}, {f.name: f.type for f in named}, required
+    )
     try:
         return kind(**parameters.read(json.dumps(args)))
     except Invalid as error:
@@ -220,15 +225,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"there is: {', '.join(names)}" if names else ""
 
 
-def type_text(kind: Any) -> str:
-    """Return a type as people write it."""
-    if isinstance(kind, str):
-        return kind
-    if isinstance(kind, type) and not typing.get_args(kind):
-        return kind.__name__
-    return str(kind).replace("typing.", "")
-
-
 def _marked(behaviour: type, base: type) -> dict[str, Kind]:
     """Return name and kind of every marked method, in the order of definition; a mark is inherited."""
     found: dict[str, Kind] = {}
@@ -253,12 +249,16 @@ def _offered(behaviour: type, base: type, name: str, kind: Kind) -> Offered:
             raise BadBehaviour(f"{label}: arguments come by name, so it cannot take {parameter}")
     named = {parameter.name: types.get(parameter.name, Any) for parameter in parameters}
     required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    try:
+        checked = Parameters(name, named, {p.name: p.annotation for p in parameters}, required)
+    except BadBehaviour as bad:
+        raise BadBehaviour(f"{behaviour.__name__}.{bad}") from bad.__cause__
     return Offered(
         name=name,
         kind=kind,
         function=function,
         is_async=inspect.iscoroutinefunction(function),
-        parameters=Parameters(name, named, required),
+        parameters=checked,
         takes_bytes=named == {"data": bytes},
         signature=_written(signature, parameters),
         description=(inspect.getdoc(function) or "").split("\n", 1)[0],
@@ -273,6 +273,16 @@ class _Written:
 
     def __repr__(self) -> str:
         return self._text
+
+
+def _type_text(kind: object) -> str:
+    if isinstance(kind, str):
+        return kind
+    if kind is inspect.Parameter.empty:
+        return "anything"
+    if isinstance(kind, type) and not typing.get_args(kind):
+        return kind.__name__
+    return str(kind).replace("typing.", "")
 
 
 def _written(signature: inspect.Signature, parameters: list[inspect.Parameter]) -> str:
@@ -302,4 +312,4 @@ def _catch_all(behaviour: type, name: str) -> Callable[..., Any] | None:
 
 
 # The first use imports much of pydantic; done here, it is paid once, before workers are forked.
-Parameters("warm", {"up": int}, ())
+Parameters("warm", {"up": int}, {}, ())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +12,16 @@ from typing import Any
 from node_agent.behaviours import Reject, Server, Timer, call, cast
 from node_agent.mailbox import Message
 from registry.errors import Fenced
+
+
+def wait_at(gate: str) -> str:
+    """Return when the test lets one pass."""
+    descriptor = os.open(gate, os.O_RDONLY)
+    try:
+        os.read(descriptor, 1)
+    finally:
+        os.close(descriptor)
+    return "let go"
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,13 @@ class Probe(Server):
         """Its arguments."""
 
         journal: str = ""
+        gate: str = ""
         names: list[str] = field(default_factory=list)
 
     args: Args
 
     async def init(self) -> None:
         self.seen: list[str] = []
-        self.gate = asyncio.Event()
         self.timer: Timer | None = None
 
     async def terminate(self, reason: str) -> None:
@@ -101,30 +110,22 @@ class Probe(Server):
         raise Fenced("a newer owner has epoch 8")
 
     @call
-    async def hold(self, note: str = "hold") -> str:
-        """Wait for a file beside the journal, without holding the loop."""
-        self.note(note)
-        gate = Path(self.args.journal + ".gate")
-        while not gate.exists():
-            await asyncio.sleep(0.005)
-        return "let go"
+    async def hold(self) -> str:
+        """Wait at the gate, without holding the loop."""
+        return await asyncio.to_thread(wait_at, self.args.gate)
+
+    @cast
+    async def hold_in_cast(self) -> None:
+        await asyncio.to_thread(wait_at, self.args.gate)
 
     @call
     def block_thread(self) -> str:
-        self.note("block_thread")
-        gate = Path(self.args.journal + ".gate")
-        while not gate.exists():
-            time.sleep(0.005)
-        return "let go"
+        return wait_at(self.args.gate)
 
     @call
     async def block_loop(self) -> str:
-        """Wait for the file while holding the loop."""
-        self.note("block_loop")
-        gate = Path(self.args.journal + ".gate")
-        while not gate.exists():
-            time.sleep(0.005)
-        return "let go"
+        """Wait at the gate, and hold the loop."""
+        return wait_at(self.args.gate)
 
     @call
     async def large(self, size: int) -> bytes:

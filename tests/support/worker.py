@@ -94,9 +94,7 @@ class WorkerProcess:
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             descriptor = os.pidfd_open(self.pid)
             try:
-                asyncio.get_running_loop().add_reader(
-                    descriptor, lambda: ended.done() or ended.set_result(None)
-                )
+                asyncio.get_running_loop().add_reader(descriptor, _set, ended)
                 await asyncio.wait_for(ended, WITHIN)
             finally:
                 asyncio.get_running_loop().remove_reader(descriptor)
@@ -108,6 +106,28 @@ class WorkerProcess:
     def output(self) -> str:
         """What it has written to stdout and stderr."""
         return self._stderr.read_text() if self._stderr.exists() else ""
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Gate:
+    """Something a daemon waits for (``wait_at``), in another process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def let_one_pass(self) -> None:
+        """Release one waiter, now or when it comes."""
+        os.write(self._descriptor, b".")
+
+    def close(self) -> None:
+        """Free the descriptor."""
+        os.close(self._descriptor)
 
 
 @dataclass
@@ -193,6 +213,12 @@ class Watched:
         assert not answer.HasField("error"), answer.error
         return answer.data if answer.WhichOneof("body") == "data" else json.loads(answer.json)
 
+    async def until_handling(self, method: str | None) -> None:
+        """Wait until the handler of ``method`` runs (None: none does)."""
+        async with asyncio.timeout(WITHIN):
+            while (await self.ping())["handling"] != method:
+                pass
+
     async def ping(self) -> dict[str, Any]:
         """Return what the runtime says about itself."""
         result: dict[str, Any] = await self.call("ping", kind=messages_pb2.KIND_SYSTEM)
@@ -205,6 +231,7 @@ class Desk:
     def __init__(self, nursery: Nursery, directory: Path) -> None:
         self.path = directory / "worker.sock"
         self.events = EventLog()
+        self.gate = Gate(directory / "gate")
         self.watched: dict[str, Watched] = {}
         self._nursery = nursery
         self._directory = directory
@@ -242,6 +269,8 @@ class Desk:
             "node": "alpha-1",
             "host": "alpha",
         } | more
+        if start["behaviour"] == f"{DAEMONS}:Probe":
+            start["args"] = {"gate": str(self.gate.path)} | start.get("args", {})
         return self._nursery.start(self._directory / f"{worker}.log", **start), watched
 
     async def ready(self, behaviour: str, **more: Any) -> tuple[WorkerProcess, Watched]:
@@ -266,5 +295,6 @@ async def desk(nursery: Nursery, tmp_path: Path) -> AsyncIterator[Desk]:
     desk = Desk(nursery, tmp_path)
     await desk.open()
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(desk.gate.close)
         stack.push_async_callback(desk.close)
         yield desk
