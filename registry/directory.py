@@ -150,6 +150,7 @@ class Directory:
 
     async def run(self) -> None:
         """Follow the registry until cancelled, whatever etcd does."""
+        self._sign_of_life()  # silence counts from now
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_the_clock(), name="directory clock")
             tasks.create_task(self._follow_for_ever(), name="directory")
