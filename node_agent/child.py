@@ -63,6 +63,7 @@ class StopStage:
 
 
 DEFAULT_STOP = (StopStage("SIGTERM", 10.0),)
+"""Without stages (``stop = []``) a child is killed at once, OTP's ``brutal_kill``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +240,8 @@ def _head(spec: ChildSpec) -> Mapping[str, object]:
         "user": spec.user,
         "cwd": spec.cwd,
     }
-    return {key: value for key, value in written.items() if getattr(spec, key) != defaults[key]}
+    written = {key: value for key, value in written.items() if getattr(spec, key) != defaults[key]}
+    return written if spec.stop else {**written, "stop": []}
 
 
 def _sorted(value: Any) -> Any:

@@ -21,9 +21,10 @@ _WRONG = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What a file turned out to be, and what is wrong in it."""
+    """What a file turned out to be ("agent", "spec", empty if it cannot be read), and what is wrong in it."""
 
     file: Path
+    kind: str = ""
     config: AgentConfig | None = None
     children: tuple[ChildSpec, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -47,7 +48,7 @@ class Checked:
         return {
             "file": str(self.file),
             "ok": not self.problems,
-            "kind": "agent" if self.config else "spec" if self.children else "",
+            "kind": self.kind,
             "children": [{"id": child.id, "name": child.name} for child in self.children],
             "problems": [dataclasses.asdict(problem) for problem in self.problems],
             "warnings": list(self.warnings),
@@ -99,9 +100,9 @@ def _declares_children(text: str, source: str) -> bool:
 
 def _check_config(text: str, file: Path) -> Checked:
     try:
-        return Checked(file=file, config=parse(text, file))
+        return Checked(file=file, kind="agent", config=parse(text, file))
     except ConfigInvalid as error:
-        return Checked(file=file, problems=error.problems)
+        return Checked(file=file, kind="agent", problems=error.problems)
 
 
 def _check_specs(specs: dict[Path, str], configs: Collection[Checked]) -> Iterator[Checked]:
@@ -117,7 +118,11 @@ def _check_specs(specs: dict[Path, str], configs: Collection[Checked]) -> Iterat
             if (why := stop_fits(child, timing))
         ]
         yield Checked(
-            file=file, children=children, problems=problems, warnings=tuple(dict.fromkeys(warnings))
+            file=file,
+            kind="spec",
+            children=children,
+            problems=problems,
+            warnings=tuple(dict.fromkeys(warnings)),
         )
 
 

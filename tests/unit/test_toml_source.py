@@ -135,6 +135,7 @@ def paths(value: Any, path: Path = ()) -> Iterator[Path]:
         yield from paths(item, (*path, step))
 
 
+@pytest.mark.slow
 @given(TABLES)
 def test_what_is_written_reads_as_it_was_and_every_value_has_a_line(table: dict[str, Any]) -> None:
     text = "\n".join(pairs(table))
@@ -145,6 +146,7 @@ def test_what_is_written_reads_as_it_was_and_every_value_has_a_line(table: dict[
         assert document.line((key,)) == number
 
 
+@pytest.mark.slow
 @given(st.lists(TABLES, min_size=1, max_size=4), KEYS, st.booleans())
 def test_repeated_and_nested_tables_keep_their_lines(
     tables: list[dict[str, Any]], key: str, nested: bool
