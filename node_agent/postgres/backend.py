@@ -7,8 +7,8 @@ The fence is taken first, at top level, and asserted once more together with COM
 ones: limits and the registration by which a takeover ends them do not survive a transaction pooler.
 
 Ends: committed; Fenced (nothing committed, somebody else is the owner or the fence is closed);
-FenceUnavailable (no transaction was opened); any other error (nothing committed); UnknownOutcome (the connection
-broke during COMMIT: reconnect, and look at what the transaction would have written, before deciding).
+FenceUnavailable (no transaction was opened); any other error (nothing committed); UnknownOutcome (the
+connection broke during COMMIT: reconnect, and look at what the transaction would have written, to decide).
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ class Databases:
         around = outer.get(self._key(database))
         if around is not None and not around.ended:
             raise RuntimeError(
-                f"fenced transactions do not nest: one in {database!r} is open, the inner one would not commit "
-                "together with it, and as a savepoint its rollback would release the fence's lock; use the "
-                "transaction that is open"
+                f"fenced transactions do not nest: one in {database!r} is open, and another would not commit "
+                "together with it; as a savepoint its rollback would release the fence's lock.  Use the one "
+                "that is open"
             )
 
     def _set_up(self, database: str) -> Callable[[Connection], Awaitable[None]]:

@@ -2,8 +2,8 @@
 
 Two commits.  The first announces the token, and ``herd.fence`` refuses lower ones from then on: otherwise
 their share locks overtake the waiting update for ever (PostgreSQL does not queue share locks behind it).  The
-second updates the fence row and so waits for transactions that hold it; their sessions are ended meanwhile, and
-so are all other sessions of lower tokens, since a plain command takes no fence that could refuse it.
+second updates the fence row and so waits for transactions that hold it; their sessions are ended meanwhile,
+and so are all other sessions of lower tokens, since a plain command takes no fence that could refuse it.
 
 A raise may be repeated: an equal token succeeds, so an attempt with an unknown end is simply made again.
 """
@@ -30,7 +30,7 @@ RAISER = "pgherd fence"
 _AT_ONCE = 8
 """Raises at a time in one database; each may need a second connection that looks for what blocks it."""
 _ATTEMPT = 0.5
-"""Seconds a raising statement waits in the server before it is sent again: it must not outlive us for long."""
+"""Seconds a raising statement waits in the server until it is sent again: it must not outlive us long."""
 _PATIENCE = 0.005
 """Seconds until somebody looks why a statement does not return."""
 _LOOK_EVERY = 0.02
@@ -47,7 +47,7 @@ class Raised:
 
 
 def application_name(name: str, epoch: int, start: int) -> str:
-    """Return what sessions of this token call themselves; PostgreSQL keeps 63 bytes, so numbers come first."""
+    """Return what sessions of this token call themselves: PostgreSQL keeps 63 bytes, so numbers first."""
     return f"herd:{epoch}.{start}:{name}"[:63]
 
 
@@ -179,7 +179,8 @@ class FenceRaiser:
                     while not await _happens(done, _LOOK_EVERY):
                         await self._look(connection, raiser, wanted)
         except (psycopg.Error, TimeoutError) as error:
-            wanted.obstacle = f"what blocks the raise cannot be seen: {str(error).strip()}"
+            if self._clock.now() < wanted.deadline:
+                wanted.obstacle = f"what blocks the raise cannot be seen: {str(error).strip()}"
             await self._watchers[database].forget_idle()
 
     async def _look(self, connection: Connection, raiser: int, wanted: _Raise) -> None:

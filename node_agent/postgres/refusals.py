@@ -75,6 +75,6 @@ def check_version(version: object, database: str) -> None:
     """Raise FenceUnavailable unless the schema has the version this code works with."""
     if version != SCHEMA_VERSION:
         raise FenceUnavailable(
-            f"schema herd in database {database} has version {version}, this pgherd works with {SCHEMA_VERSION}",
+            f"database {database} has version {version} of schema herd, this pgherd needs {SCHEMA_VERSION}",
             hint=f"install the pgherd that matches; pgherd sql status {database} shows what is there",
         )

@@ -1,8 +1,8 @@
 """Fixtures: real PostgreSQL servers, of every major version that this machine has.
 
-``postgres`` is one shared server with a fresh database per test; ``pg_cluster`` makes servers of a test's own,
-with standbys.  A test that takes ``binaries`` runs once per version: embedded PostgreSQL always, Debian's where
-it is installed.
+``postgres`` is one shared server with a fresh database per test; ``pg_cluster`` makes servers of a test's
+own, with standbys.  A test that takes one of them runs once per version: embedded PostgreSQL always, Debian's
+where it is installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,11 +216,17 @@ def role(postgres: TestDatabase) -> Iterator[str]:
 
 
 @pytest.fixture
-async def pg_cluster(binaries: Binaries) -> Iterator[Clusters]:
-    """Servers of the test's own."""
-    directory = Path(tempfile.mkdtemp(prefix="pgherd-cluster-"))
+def open_directory() -> Iterator[Path]:
+    """A directory of the test's own that PostgreSQL's user can enter."""
+    directory = Path(tempfile.mkdtemp(prefix="pgherd-test-"))
     directory.chmod(0o755)
-    clusters = Clusters(binaries, directory)
-    yield clusters  # type: ignore[misc]
-    await clusters.stop()
+    yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+async def pg_cluster(binaries: Binaries, open_directory: Path) -> AsyncIterator[Clusters]:
+    """Servers of the test's own."""
+    clusters = Clusters(binaries, open_directory)
+    yield clusters
+    await clusters.stop()
