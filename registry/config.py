@@ -34,6 +34,7 @@ __all__ = [
     "default_ttl",
     "load",
     "parse",
+    "read_text",
 ]
 
 SOCKET_PATH_LIMIT = 107
