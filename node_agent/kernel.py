@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pwd
 import select
 import signal
 import struct
@@ -116,6 +117,14 @@ def has_capabilities(*numbers: int) -> bool:
             effective = int(line.split()[1], 16)
             return all(effective >> number & 1 for number in numbers)
     return False
+
+
+def own_user() -> str:
+    """Return the name of the user this process runs as, its number if it has none."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def set_oom_score(adjust: int) -> bool:
@@ -241,11 +250,6 @@ def host_pid(pid: int, host_proc: int) -> int:
             if line.startswith("Pid:"):
                 return int(line.split()[1])
     raise ProcessLookupError(f"process {pid} is not visible in the other /proc")
-
-
-def own_host_pid(host_proc: int) -> int:
-    """Return the pid this process has in the PID namespace of ``host_proc``."""
-    return int(os.readlink("self", dir_fd=host_proc))
 
 
 def _open_in(directory: int, path: str) -> int:
