@@ -1,8 +1,8 @@
 """A TOML file whose values still know where they stand, and the problems found in it.
 
-:func:`read` parses text with :mod:`tomllib`, which forgets positions, and scans the same text once more for
-the line of every key, so that whatever is found wrong later can be reported with its line.  Nothing here
-knows what the keys mean.
+:func:`read` parses text with :mod:`tomllib`, which forgets positions.  Only when something is wrong is it
+scanned once more for the line of every key: an agent reads thousands of good specs for a bad one.  Nothing
+here knows what the keys mean.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tomllib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from registry.toml_writer import key_text
@@ -47,13 +48,18 @@ class ConfigInvalid(Exception):
         self.problems = tuple(problems)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Document:
-    """A parsed file.  ``lines`` has the line of every key, table and list element that is written in it."""
+    """A parsed file."""
 
     source: str
     data: Mapping[str, Any]
-    lines: Mapping[Path, int] = field(repr=False)
+    text: str = field(repr=False)
+
+    @cached_property
+    def lines(self) -> Mapping[Path, int]:
+        """The line of every key, table and list element; looked for only when a problem is to be told."""
+        return _Scanner(self.text.replace("\r\n", "\n")).scan()
 
     def line(self, path: Path) -> int:
         """Return the line of ``path``, or of the nearest table around it."""
@@ -91,7 +97,7 @@ def read(text: str, source: str) -> Document:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigInvalid([_syntax_problem(text, source, str(error))]) from None
-    return Document(source, data, _Scanner(text.replace("\r\n", "\n")).scan())
+    return Document(source, data, text)
 
 
 _PLACE = re.compile(
@@ -175,7 +181,7 @@ class _Scanner:
         keys = []
         while True:
             part = self._skip(self._part)
-            keys.append(next(iter(tomllib.loads(f"{part}=0"))))
+            keys.append(next(iter(tomllib.loads(f"{part}=0"))) if part[0] in "\"'" else part)
             if not self._dot.match(self._text, self._position):
                 return keys
             self._skip(self._dot)
