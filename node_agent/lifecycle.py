@@ -26,7 +26,17 @@ from node_agent import protocol
 from node_agent.attachment import Attachment
 from node_agent.child import Behaviour, ChildSpec, Command, StopStage, substitute
 from node_agent.postgres.fence import FenceRaiser, FenceUnavailable
-from node_agent.restarts import Again, Exit, Finished, GiveUp, RestartWindow, classify, decide, signal_name
+from node_agent.restarts import (
+    SUPERSEDED_CODE,
+    Again,
+    Exit,
+    Finished,
+    GiveUp,
+    RestartWindow,
+    classify,
+    decide,
+    signal_name,
+)
 from node_agent.warden_link import WardenLink
 from registry import events
 from registry.clock import Boottime, Clock
@@ -450,7 +460,13 @@ class Child:
         assert exited is not None
         if exited.reason == "deadline":
             return _Ended(Exit.SUPERSEDED, self.last_exit)
-        kind = classify(exited.code, exited.signal, self.spec.success_exit, asked_to_stop=False)
+        kind = classify(
+            exited.code,
+            exited.signal,
+            self.spec.success_exit,
+            asked_to_stop=False,
+            superseded_code=SUPERSEDED_CODE if isinstance(self.spec.run, Behaviour) else None,
+        )
         return _Ended(kind, self.last_exit, clock.now() - served_from if served_from else 0.0)
 
     def _readiness(self, process: Process, *, adopted: bool) -> tuple[Boottime | None, Boottime | None]:

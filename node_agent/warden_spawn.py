@@ -111,7 +111,8 @@ class Birth:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         below = 0
         for fd in (*sorted(keep), os.sysconf("SC_OPEN_MAX")):
-            os.closerange(below, fd)
+            if below < fd:  # of an empty range Python would make close_range(0, ~0)
+                os.closerange(below, fd)
             below = fd + 1
         resource.setrlimit(resource.RLIMIT_NOFILE, self.open_files)
         kernel.set_oom_score(0)
