@@ -6,5 +6,7 @@ pytest_plugins = [
     "tests.support.etcd",
     "tests.support.loops",
     "tests.support.postgres",
+    "tests.support.canned_agent",
     "tests.support.servers",
+    "tests.support.worker",
 ]

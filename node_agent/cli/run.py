@@ -9,16 +9,14 @@ from pathlib import Path
 import click
 
 from node_agent.cli.check import check as check_files
-from registry.cli.invocation import Command
+from registry.cli.invocation import CONFIG, CONFIG_VARIABLE, Command
 from registry.config import load
-
-CONFIG = Path("/etc/pgherd/agent.toml")
 
 config_option = click.option(
     "-c",
     "--config",
     type=click.Path(path_type=Path),
-    envvar="PGHERD_CONFIG",
+    envvar=CONFIG_VARIABLE,
     show_envvar=True,
     default=CONFIG,
     show_default=True,

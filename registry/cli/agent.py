@@ -7,16 +7,18 @@ have been executed), and so that the reason is the kernel's and not gRPC's.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from registry import security
-from registry.cli.invocation import Invocation
+from registry.cli.invocation import CONFIG, CONFIG_VARIABLE, Invocation
 from registry.errors import HerdError, Unreachable
 from registry.find_agent import find_agent
 from registry.units import format_duration
@@ -25,6 +27,9 @@ from registry.v1.messages_pb2_grpc import MessagesStub
 from registry.v1.names_pb2_grpc import NamesStub
 from registry.v1.supervision_pb2_grpc import SupervisionStub
 from registry.wire import DEFAULT_TIMEOUT, error_of_rpc
+
+if TYPE_CHECKING:
+    from registry.config import ListenConfig
 
 _CONNECT_SECONDS = 3.0
 
@@ -100,37 +105,45 @@ def connect(invocation: Invocation) -> Iterator[Agent]:
     Raises Unreachable when none listens there, Denied when the connection would not be safe.
     """
     address = find_agent(invocation.agent)
+    identity = _identity(address)
     _knock(address)
     with asyncio.Runner() as runner:
-        channel = runner.run(_open(address))
+        channel = runner.run(_open(address, identity))
         try:
             yield Agent(runner, channel, invocation.seconds(DEFAULT_TIMEOUT))
         finally:
             runner.run(channel.close())
 
 
-async def _open(address: str) -> grpc.aio.Channel:
-    if security.is_private(address):
+async def _open(address: str, identity: ListenConfig | None) -> grpc.aio.Channel:
+    if identity is None:
         return security.channel(address)
-    # Another host wants a certificate; the one of this host is ours to show if we may read its key.
-    listen = load(configuration_path()).listen
-    return security.channel(address, listen.tls, insecure=listen.insecure)
+    return security.channel(address, identity.tls, insecure=identity.insecure)
+
+
+def _identity(address: str) -> ListenConfig | None:
+    """Return how this host speaks to others: with a certificate, which we show if we may read it."""
+    path = Path(os.environ.get(CONFIG_VARIABLE, CONFIG))
+    if security.is_private(address) or not path.exists():
+        return None
+    from registry.config import load
+
+    return load(path).listen
 
 
 def _knock(address: str) -> None:
     """Find out whether anybody listens at ``address``."""
     try:
-        path = security.target(address).removeprefix(security.UNIX)
-        if path != security.target(address):
+        if address.startswith(security.UNIX):
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(_CONNECT_SECONDS)
-                probe.connect(path)
+                probe.connect(address.removeprefix(security.UNIX))
         else:
             host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+            socket.create_connection((host.strip("[]"), port), _CONNECT_SECONDS).close()
     except OSError as error:
         raise Unreachable(
-            f"no agent at {address}: {(error.strerror or str(error)).lower()}",
+            f"no agent at {address.removeprefix(security.UNIX)}: {(error.strerror or str(error)).lower()}",
             hint="pgherd doctor looks for the reason; --agent or PGHERD_AGENT names another agent",
             details={"address": address},
         ) from error

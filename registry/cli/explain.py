@@ -17,7 +17,10 @@ _WAIT_SECONDS = 60.0
 @click.argument("name", default="")
 @pass_invocation
 def why(invocation: Invocation, name: str) -> None:
-    """Explain a name or child, or everything that is not ready; works without etcd."""
+    """Explain a name or child, or everything that is not ready.
+
+    Answered from the agent's memory: works without etcd, and says how old it is.
+    """
     with connect(invocation) as agent:
         answer = agent.ask(agent.cluster.Why, WhyRequest(name=name))
     if invocation.json:
@@ -56,7 +59,10 @@ def events(invocation: Invocation, name: str, follow: bool) -> None:
 )
 @pass_invocation
 def wait(invocation: Invocation, name: str, state: str, above_epoch: int) -> None:
-    """Return when a name is ready, stopped or moved; exit code 1 after --timeout (60s)."""
+    """Wait until a name is ready, stopped or moved.
+
+    Exit code 1 when that does not happen within --timeout (60s).
+    """
     seconds = invocation.seconds(_WAIT_SECONDS)
     request = WaitRequest(name=name, above_epoch=above_epoch)
     setattr(request, "for", state)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -62,7 +61,6 @@ OUTCOMES = {
 
 _USAGE = 2
 _INTERRUPTED = 128 + signal.SIGINT
-_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 class Herd(click.Group):
@@ -138,20 +136,12 @@ pgherd = Herd(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
     invocation = Invocation()
-    try:
-        sys.exit(
-            _run(lambda: pgherd.main(arguments, "pgherd", standalone_mode=False, obj=invocation), invocation)
-        )
-    except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter must not complain when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_BROKEN_PIPE)
+    sys.exit(_run(arguments, invocation))
 
 
-def _run(command: Callable[[], Any], invocation: Invocation) -> int:
+def _run(arguments: Sequence[str] | None, invocation: Invocation) -> int:
     try:
-        code = command()
-        sys.stdout.flush()
+        code = pgherd.main(arguments, "pgherd", standalone_mode=False, obj=invocation)
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as end:
         return end.exit_code

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
 from registry.units import format_duration, parse_duration
+
+CONFIG = Path("/etc/pgherd/agent.toml")
+CONFIG_VARIABLE = "PGHERD_CONFIG"
 
 
 @dataclass(slots=True)

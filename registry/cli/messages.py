@@ -38,7 +38,7 @@ def _arguments(text: str) -> str:
 
 _EPOCH = click.option(
     "--epoch",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=0),
     default=0,
     help="Only if the owner has this epoch, else WRONG_EPOCH.",
 )

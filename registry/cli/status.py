@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import click
 
@@ -15,15 +15,6 @@ from registry.v1.cluster_pb2 import Node, NodesRequest, StatusRequest, StatusRes
 from registry.v1.names_pb2 import ListNamesRequest, Name
 
 _SHOWN = 10
-_WELL = ("ready", "stopped")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that is not well; ``remedy`` is a command that helps or tells more."""
-
-    what: str
-    remedy: str = ""
 
 
 @click.command(cls=Command)
@@ -34,11 +25,11 @@ def status(invocation: Invocation) -> int:
         own = agent.ask(agent.cluster.Status, StatusRequest())
         nodes = agent.ask(agent.cluster.Nodes, NodesRequest()).nodes
         names = agent.ask(agent.names.List, ListNamesRequest()).names
-    found = list(findings(own, nodes, names))
+    found = list(problems(own, nodes))
     if invocation.json:
         document = {
             "well": not found,
-            "findings": [asdict(finding) for finding in found],
+            "problems": found,
             "agent": as_plain(own),
             "nodes": [as_plain(node) for node in nodes],
             "names": [as_plain(name) for name in names],
@@ -49,34 +40,16 @@ def status(invocation: Invocation) -> int:
     return 1 if found else 0
 
 
-def findings(own: StatusResponse, nodes: Iterable[Node], names: Iterable[Name]) -> Iterator[Finding]:
-    """Yield what is not well, most important first."""
-    yield from (Finding(problem) for problem in own.problems)
+def problems(own: StatusResponse, nodes: Iterable[Node]) -> Iterator[str]:
+    """Yield what is not well: what the asked agent says, and hosts that are not ready."""
+    yield from own.problems
     if own.state != "ready" and not own.problems:
-        yield Finding(f"the agent of {own.host} is {own.state}", "pgherd why")
-    if not own.in_sync and not own.problems:
-        yield Finding(
-            f"the copy of the registry is behind: {own.stale_since or 'no snapshot yet'}", "pgherd doctor"
-        )
-    for member in own.etcd:
-        if member.problem:
-            yield Finding(f"etcd {member.endpoint}: {member.problem}", "pgherd doctor")
-    for database in own.databases:
-        if database.problem:
-            yield Finding(
-                f"database {database.name}: {database.problem}", f"pgherd sql status {database.name}"
-            )
-    for node in nodes:
-        if node.state != "ready":
-            yield Finding(f"host {node.host} is {node.state}", f"pgherd events | grep {node.host}")
-    for name in names:
-        if (state := state_of(name)) not in _WELL:
-            where = f" on {name.host}" if name.host else ""
-            yield Finding(f"{name.name} is {state}{where}", f"pgherd why {name.name}")
+        yield f"this host is {own.state}"
+    yield from (f"host {node.host} is {node.state}" for node in nodes if node.state != "ready")
 
 
 def _print_screen(
-    own: StatusResponse, nodes: Iterable[Node], names: Iterable[Name], found: list[Finding]
+    own: StatusResponse, nodes: Iterable[Node], names: Iterable[Name], found: Sequence[str]
 ) -> None:
     click.echo(f"cluster {own.cluster}, asked {own.host} (pgherd {own.version}): {styled(own.state)}")
     for title, text in _facts(own):
@@ -88,13 +61,11 @@ def _print_screen(
         empty="no nodes",
     )
     click.echo(f"\nnames: {_counted(names)}")
-    for finding in found[:_SHOWN]:
-        click.echo(
-            f"  {styled('wrong')}  {finding.what}" + (f"   try: {finding.remedy}" if finding.remedy else "")
-        )
+    for problem in found[:_SHOWN]:
+        click.echo(f"  {styled('wrong')}  {problem}")
     if len(found) > _SHOWN:
         click.echo(f"  and {len(found) - _SHOWN} more: pgherd status --json")
-    click.echo("all is well" if not found else f"{len(found)} not well")
+    click.echo(f"{len(found)} not well: pgherd why" if found else "all is well")
 
 
 def _facts(own: StatusResponse) -> Iterator[tuple[str, str]]:
@@ -111,8 +82,5 @@ def _facts(own: StatusResponse) -> Iterator[tuple[str, str]]:
 
 
 def _counted(names: Iterable[Name]) -> str:
-    counts: dict[str, int] = {}
-    for name in names:
-        state = state_of(name)
-        counts[state] = counts.get(state, 0) + 1
+    counts = Counter(map(state_of, names))
     return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"

@@ -14,7 +14,7 @@ from registry.cli.output import print_json
 @click.command(cls=Command)
 @pass_invocation
 def version(invocation: Invocation) -> None:
-    """Print the version of this program (`status` and `nodes` show that of the agents)."""
+    """Print the version of this program; `nodes` shows those of the agents."""
     pgherd, python = installed("pgherd"), platform.python_version()
     if invocation.json:
         print_json({"pgherd": pgherd, "python": python})

@@ -1,7 +1,7 @@
 """``./dev bench``: run every benchmark beside its reference and print how they compare.
 
 A module ``bench_*.py`` of this folder has ``METRICS``, the names it measures, and ``run()``, which returns
-the fields of a :class:`~tests.bench.row.Row` for each.  Exit code 1 when a bar is missed, or a benchmark failed.
+the fields of a :class:`~tests.bench.row.Row` for each.  Exit code 1 when a bar is missed or a module failed.
 """
 
 from __future__ import annotations
