@@ -62,7 +62,7 @@ def test_ctrl_c_ends_a_command_with_130(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(str(tmp_path / "agent.sock"))
         deaf.listen()
-        command = [PGHERD, "--agent", str(tmp_path / "agent.sock"), "--timeout", "1h", "names"]
+        command = [str(PGHERD), "--agent", str(tmp_path / "agent.sock"), "--timeout", "1h", "names"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             knock, _ = deaf.accept()
             talk, _ = deaf.accept()
