@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -21,7 +21,7 @@ from node_agent.attachment import WorkerSocket
 from node_agent.children_dir import read_children
 from node_agent.lifecycle import Child
 from node_agent.local import Local
-from node_agent.membership import Membership
+from node_agent.membership import Membership, Restored
 from node_agent.postgres.fence import FenceRaiser
 from node_agent.restarts import RestartWindow
 from node_agent.services import Cluster, Remote, Supervision
@@ -80,6 +80,7 @@ class ChildHost:
     fences: FenceRaiser
     log: events.EventLog
     conninfos: Mapping[str, str]
+    until: Callable[[], Boottime]
     clock: Clock = SYSTEM_CLOCK
     counted: dict[tuple[str, int], int] = field(default_factory=dict)
 
@@ -88,6 +89,9 @@ class ChildHost:
 
     def last_start(self, key: str, epoch: int) -> int:
         return self.counted.get((key, epoch), 0)
+
+    def may_act_until(self) -> Boottime:
+        return self.until()
 
     def started(self, child: Child, start: int) -> None:
         self.counted[child.key, child.epoch] = start
@@ -101,7 +105,7 @@ class Agent:
 
     def __init__(self, config: AgentConfig, link: WardenLink) -> None:
         self._config, self._link = config, link
-        self._emit = events.EventLog()
+        self.log = self._emit = events.EventLog()
         self._own = read_children(config.children_dir, config.databases)
         prefix = cluster_prefix(config.cluster)
         conninfos = {name: database.conninfo for name, database in config.databases.items()}
@@ -113,6 +117,7 @@ class Agent:
             fences=FenceRaiser(conninfos, cluster=config.cluster),
             log=self._emit,
             conninfos=conninfos,
+            until=lambda: self._membership.may_act_until(),
             counted=dict(link.welcome.starts),
         )
         self._supervisor = Supervisor(
@@ -123,7 +128,7 @@ class Agent:
         names, nodes = Names(self._store, prefix), Nodes(self._store, prefix)
         specs = Specs(self._store, prefix)
         wishes = Wishes(config.databases)
-        self._local = Local(self._supervisor, self._trusted)
+        self._local = Local(self._supervisor, self._trusted, self._directory.specs)
         self._membership = Membership(
             host=config.host,
             timing=config.timing,
@@ -323,5 +328,12 @@ class Agent:
 async def run(config: AgentConfig, control_fd: int) -> int:
     """Be the agent of ``config`` under the warden at ``control_fd``; return the process's exit code."""
     link = await WardenLink.open(control_fd)
-    await Agent(config, link).run()
-    return 0
+    agent = Agent(config, link)
+    code = 0
+    try:
+        await agent.run()
+    except* Restored as restored:
+        # Every connection to etcd that saw the lost history is of no use: the warden starts a new process.
+        agent.log(events.EtcdRestored(reason=str(restored.exceptions[0])))
+        code = 1
+    return code

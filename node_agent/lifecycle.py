@@ -175,6 +175,9 @@ class Host(Protocol):
     def started(self, child: Child, start: int) -> None:
         """Remember the warden's count."""
 
+    def may_act_until(self) -> Boottime:
+        """Return when workers with a name have to stop acting, unless the lease is renewed."""
+
     def note(self, child: Child, window: RestartWindow) -> None:
         """Have the warden keep what the next agent needs to adopt the child."""
 
@@ -266,6 +269,13 @@ class Child:
         """Its process is connected."""
         attachment.epoch, attachment.start = self.epoch, self.start
         self.attachment = attachment
+        if self.ownership is not None:
+            self.extend(self._host.may_act_until())
+
+    def extend(self, until: Boottime) -> None:
+        """Tell its process until when it may act for its name."""
+        if self.attachment is not None:
+            self.attachment.set_deadline(until)
 
     def ready(self, worker: str) -> None:
         """Its process says that it serves."""

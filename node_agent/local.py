@@ -7,7 +7,7 @@ asks again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from node_agent.attachment import AttachHandler, Attachment
 from node_agent.child import Command
@@ -24,17 +24,20 @@ class Local:
     """Implements :class:`registry.router.Local` for the children of a supervisor.
 
     ``trusted()`` says whether the session lets named workers act; it is asked for every request and reply.
+    ``declared`` are the global names of the cluster.
     """
 
-    def __init__(self, supervisor: Supervisor, trusted: Callable[[], bool]) -> None:
+    def __init__(self, supervisor: Supervisor, trusted: Callable[[], bool], declared: Container[str]) -> None:
+        self._declared = declared
         self._supervisor = supervisor
         self._children = supervisor.children
         self._trusted = trusted
         self._methods: dict[str, tuple[names_pb2.Method, ...]] = {}
 
     def owns(self, name: str) -> bool:
-        """Return whether a child of this host has that name (or, node-local, that id)."""
-        return name in self._children
+        """Return whether a child of this host has that name; a node-local id gives way to a declared name."""
+        child = self._children.get(name)
+        return child is not None and (child.ownership is not None or name not in self._declared)
 
     def deliver(self, frame: messages_pb2.Frame, deadline: Boottime, reply: Reply) -> None:
         """Hand a request to its child's process, or refuse it."""

@@ -29,7 +29,7 @@ from registry import events
 from registry.clock import Boottime, Clock
 from registry.config import Timing
 from registry.directory import Change, Directory
-from registry.errors import HerdError, StoreError
+from registry.errors import HerdError, StoreError, StoreRestored
 from registry.names import Names
 from registry.nodes import NodeRecord, Nodes, NodeState, new_node
 from registry.ownership import Method, Owner, Status, WorkerState
@@ -42,6 +42,10 @@ JOIN_RETRY = 1.0
 """Seconds between attempts to join."""
 LEAVE_TIMEOUT = 5.0
 """Seconds for releasing the names of a node that leaves."""
+
+
+class Restored(Exception):
+    """etcd went back in time: nothing that was known of it holds, and this process must not go on with it."""
 
 
 class Phase(enum.Enum):
@@ -95,6 +99,7 @@ class Membership:
         self._confirm, self._silent_until = confirm, silent_until
         self._publisher: Publisher | None = None
         self._endings: asyncio.Queue[Ending] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
         self._etcd_away = False
         self._settling: set[str] = set()
 
@@ -112,6 +117,9 @@ class Membership:
                 former = None
                 reason = await self._live(session)
                 await self._lose(session, reason)
+        except* Restored as restored:
+            await self._start_over(str(restored.exceptions[0]))
+            raise
         finally:
             unsubscribe()
 
@@ -164,8 +172,19 @@ class Membership:
     def _renewed(self, lease: LeaseId, hard_deadline: Boottime) -> None:
         """Called in the session's thread: the warden must know at once, whatever this loop is doing."""
         self._link.raise_deadline(lease, hard_deadline)
+        self._loop.call_soon_threadsafe(self._extend)
 
-    def _away(self, error: Exception) -> None:
+    def _extend(self) -> None:
+        for child in self._supervisor.named():
+            child.extend(self.may_act_until())
+
+    def may_act_until(self) -> Boottime:
+        """Return when named workers have to stop acting, unless the lease is renewed."""
+        return self.session.soft_deadline if self.session is not None else 0.0
+
+    def _away(self, error: StoreError) -> None:
+        if isinstance(error, StoreRestored):
+            raise Restored(str(error)) from error
         self.problem = f"etcd: {error}"
         if not self._etcd_away:
             self._etcd_away = True
@@ -391,6 +410,17 @@ class Membership:
             self._endings.task_done()
         await self._give_back(session)
         self.phase = Phase.JOINING
+
+    async def _start_over(self, reason: str) -> None:
+        """Kill what runs under names of a lost history; the next agent is to know nothing of it."""
+        self.phase, self.problem = Phase.LOST, reason
+        children = list(self._supervisor.named())
+        for child in children:
+            child.kill(reason)
+        for child in children:
+            await child.done.wait()
+        if self.session is not None:
+            await self._give_back(self.session)
 
     async def _give_back(self, session: Session) -> None:
         """End the lease, the last thing of a session; without etcd it ends by itself."""

@@ -89,6 +89,11 @@ class View:
         found += [str(problem) for problem in self.own.problems]
         found += [line for name in sorted(self.directory.specs) if (line := self._problem_of(name))]
         found += [
+            f"child {child.key} of this host has the id of the cluster's {child.key}: rename it in children.d"
+            for child in self.supervisor.children.values()
+            if child.ownership is None and child.key in self.directory.specs
+        ]
+        found += [
             f"{child.key} is {child.state.value}{': ' + child.obstacle if child.obstacle else ''}"
             for child in self.supervisor.children.values()
             if child.ownership is None and child.state in (State.BACKOFF, State.FAILED)

@@ -313,3 +313,10 @@ class WorkerNotAdopted(Event):
     text = "{name}: pid {pid} of the former agent is killed: {why}"
     pid: int
     why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdRestored(Event):
+    level = logging.ERROR
+    text = "etcd was restored or replaced, every name of this host was given up: {reason}"
+    reason: str

@@ -1,7 +1,7 @@
 """The demo: a tour through the promises that checks itself, step by step, on a sandbox.
 
-Each step does something to the cluster, checks, and says in one line what was done, what one could have typed,
-and how long it took.  The first check that fails ends the tour.
+Each step does something to the cluster, checks, and says in one line what was done, what one could have
+typed, and how long it took.  The first check that fails ends the tour.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 import grpc
 
@@ -230,7 +231,7 @@ class Tour:
 class _Watch:
     """A stopwatch."""
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Self:
         self._began = time.monotonic()
         self.seconds = 0.0
         return self
