@@ -30,6 +30,9 @@ from registry.v1 import messages_pb2, names_pb2, worker_pb2
 CREDIT = 1024
 """Requests that may be unanswered at once on one connection."""
 
+SYSTEM_CREDIT = 64
+"""System messages that get through when there is no credit left for requests."""
+
 BUFFERED_BYTES = 16 * 1024 * 1024
 """Bytes that may wait for a worker that does not read."""
 
@@ -139,9 +142,9 @@ class Attachment(asyncio.Protocol):
         size = frame.ByteSize()
         if size > framing.MAX_BODY + 65536:
             raise Invalid(f"a message of {size} bytes for {frame.to}: {framing.MAX_BODY} are allowed")
-        is_system = frame.kind == messages_pb2.KIND_SYSTEM
-        if not is_system and (
-            len(self._pending) >= CREDIT
+        credit = CREDIT + SYSTEM_CREDIT if frame.kind == messages_pb2.KIND_SYSTEM else CREDIT
+        if (
+            len(self._pending) >= credit
             or self._outgoing_bytes + transport.get_write_buffer_size() + size > BUFFERED_BYTES
         ):
             raise Overloaded(
@@ -216,6 +219,10 @@ class Attachment(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self._why_closed:
+            # Closed between accept and here.
+            self._transport.abort()
+            return
         self._attach_timer = self._loop.call_later(
             ATTACH_WITHIN, self._drop, f"it did not say who it is within {ATTACH_WITHIN:g} s"
         )
@@ -232,7 +239,7 @@ class Attachment(asyncio.Protocol):
         self.close(why)
 
     def _hear(self, message: worker_pb2.WorkerMessage) -> None:
-        if self.closed or self._transport is None or self._transport.is_closing():
+        if self._why_closed:
             return
         what = message.WhichOneof("is")
         if (what == "attach") != (self._handler is None):
@@ -399,9 +406,9 @@ class WorkerSocket:
         """Stop listening and end every connection; the workers go on and wait for the next agent."""
         if self._server is None:
             return
-        self._server.close()
+        server, self._server = self._server, None
+        server.close()
         for attachment in tuple(self._attachments):
             attachment.close("the agent closes its worker socket")
             await attachment.ended
-        await self._server.wait_closed()
-        self._server = None
+        await server.wait_closed()

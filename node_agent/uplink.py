@@ -10,6 +10,7 @@ It knows frames and connections, and nothing of methods, mailboxes or handlers.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -95,7 +96,7 @@ class Uplink:
                 self._say_batch(batch)
 
     def close(self, within: float) -> bool:
-        """Write what is left and end the thread; returns whether that was done ``within`` so many seconds."""
+        """Write what is left and end the thread; returns whether the agent read it ``within`` seconds."""
         with self._lock:
             self._closing = True
         os.eventfd_write(self._wake, 1)
@@ -216,15 +217,19 @@ class Uplink:
     def _serve(self, connection: socket.socket) -> bool:
         """Speak with one agent until either side ends it; returns whether the agent has said anything."""
         unpacker = framing.Unpacker()
-        heard = False
+        heard = said_all = False
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         self._attach(connection)
         while True:
             with self._lock:
                 backlog = bool(self._backlog)
-                if self._closing and not backlog:
-                    return heard
+                if self._closing and not backlog and not said_all:
+                    # Half a close: what the agent may still be writing must not break the connection before
+                    # it has read our last words.  It closes when it has.
+                    said_all = True
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_WR)
             poll.register(connection, select.POLLIN | (select.POLLOUT if backlog else 0))
             for descriptor, happened in poll.poll(self._tick() * 1000):
                 if descriptor == self._wake:

@@ -150,6 +150,15 @@ class Probe(Server):
         assert self.timer is not None
         return self.timer.cancel()
 
+    @call
+    async def wrong_timer(self) -> None:
+        self.send_after("1s", "rember")
+
+    @call
+    async def open_database(self, database: str) -> None:
+        async with self.backend(database):
+            pass
+
 
 class CatchAll(Server):
     """Handles what it does not declare."""

@@ -203,6 +203,10 @@ class Watched:
         self.attachment.send(frame, SYSTEM_CLOCK.now() + timeout, reply)
         return answered
 
+    def send(self, method: str, arguments: str | bytes = "{}", **more: Any) -> None:
+        """Send a request whose answer does not matter."""
+        _ = self.ask(method, arguments, **more)
+
     def cast(self, method: str, arguments: str | bytes = "{}", **more: Any) -> Awaitable[messages_pb2.Frame]:
         """Send a cast."""
         return self.ask(method, arguments, kind=messages_pb2.KIND_CAST, **more)
