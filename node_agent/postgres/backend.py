@@ -6,7 +6,7 @@
 The fence is taken first, at top level, and asserted once more together with COMMIT.  The sessions are direct
 ones: limits and the registration by which a takeover ends them do not survive a transaction pooler.
 
-Ends: committed; Fenced (nothing committed, somebody else is the owner or the fence is closed);
+Ends: committed; Fenced (nothing committed: somebody else is the owner, or the fence is closed);
 FenceUnavailable (no transaction was opened); any other error (nothing committed); UnknownOutcome (the
 connection broke during COMMIT: reconnect, and look at what the transaction would have written, to decide).
 """
@@ -27,9 +27,17 @@ from psycopg.pq import TransactionStatus
 from node_agent.postgres.connections import Connection, Connections, cut_at
 from node_agent.postgres.fence import application_name
 from node_agent.postgres.queries import QUERIES, compose
-from node_agent.postgres.refusals import FenceUnavailable, check_version, fenced, lost, translate
+from node_agent.postgres.refusals import (
+    FenceUnavailable,
+    check_version,
+    fenced,
+    is_conflict,
+    is_loss,
+    lost,
+    translate,
+)
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
-from registry.errors import UnknownOutcome
+from registry.errors import Fenced, UnknownOutcome
 
 __all__ = ["Databases", "FenceUnavailable", "Isolation", "Transaction"]
 
@@ -40,6 +48,7 @@ _SHORTEST_TTL = 5.0
 _LIMIT = 4
 """Transactions at a time in one database."""
 _ROLLBACK_SECONDS = 1.0
+_SECOND_LOOK_SECONDS = 1.0
 _NETWORK_SECONDS = 1.0
 """What an answer may take beyond the server's own limit before the connection counts as broken."""
 
@@ -151,21 +160,25 @@ class Databases:
         self._refuse_nesting(database, outer)
         kind = "_read_only" if read_only else ""
         values = {**self._token, "isolation": sql.SQL(isolation)}
-        deadline = self._clock.now() + timeout
-        connection = await self._begin(database, f"begin{kind}", values, deadline)
-        transaction = Transaction(connection, self._statement_timeout, self._clock)
-        variable = _open_in.set({**outer, self._key(database): transaction})
         try:
-            yield transaction
-        except BaseException:
-            await self._roll_back(connection)
+            connection = await self._begin(database, f"begin{kind}", values, self._clock.now() + timeout)
+            transaction = Transaction(connection, self._statement_timeout, self._clock)
+            variable = _open_in.set({**outer, self._key(database): transaction})
+            try:
+                yield transaction
+            except BaseException:
+                await self._roll_back(connection)
+                raise
+            else:
+                await self._commit(connection, database, read_only, timeout)
+            finally:
+                transaction.ended = True
+                _open_in.reset(variable)
+                await self._connections[database].release(connection)
+        except psycopg.Error as error:
+            if (refusal := await self._taken_over(database, error)) is not None:
+                raise refusal from error
             raise
-        else:
-            await self._commit(connection, database, f"commit{kind}", timeout)
-        finally:
-            transaction.ended = True
-            _open_in.reset(variable)
-            await self._connections[database].release(connection)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -214,11 +227,14 @@ class Databases:
                         await self._register(connection)
                     await connection.execute(compose(QUERIES[begin], **values))
             except psycopg.Error as error:
-                reason = await self._reason(connection, error)
+                await self._roll_back(connection)
                 await connections.release(connection)
-                if not reused or not lost(connection, error):
-                    raise translate(reason, database) from error
-                await connections.forget_idle()
+                if reused and lost(connection, error):
+                    await connections.forget_idle()
+                elif isinstance(error, errors.SerializationFailure):
+                    raise
+                else:
+                    raise translate(error, database) from error
             except BaseException:
                 await self._roll_back(connection)
                 await connections.release(connection)
@@ -231,37 +247,46 @@ class Databases:
             await connection.execute(QUERIES["register_session"], self._token)
             self._registered.add(connection)
 
-    async def _commit(self, connection: Connection, database: str, commit: str, timeout: float) -> None:
-        try:
-            with cut_at(connection, self._clock.now() + timeout, self._clock):
-                await connection.execute(compose(QUERIES[commit], **self._token))
-        except psycopg.Error as error:
-            if not lost(connection, error):
-                reason = await self._reason(connection, error)
-                raise (fenced(reason) if reason.sqlstate == "PH001" else reason) from error
-            if commit == "commit_read_only":
-                return
-            raise UnknownOutcome(
-                f"the connection to database {database} broke during COMMIT: it may have been committed",
-                hint="open another transaction, and look for what this one would have written",
-                details={"database": database, **{key: str(value) for key, value in self._token.items()}},
-            ) from error
-
-    async def _reason(self, connection: Connection, error: psycopg.Error) -> psycopg.Error:
-        """Roll back; for a serialization failure ask again whether the fence was its cause.
-
-        A fence row that changed after the transaction's snapshot is reported like any other write conflict,
-        and whoever repeats transactions for those would repeat this one for ever.
-        """
-        await self._roll_back(connection)
-        if isinstance(error, errors.SerializationFailure):
+    async def _commit(self, connection: Connection, database: str, read_only: bool, timeout: float) -> None:
+        with cut_at(connection, self._clock.now() + timeout, self._clock):
             try:
-                with cut_at(connection, self._clock.now() + _ROLLBACK_SECONDS, self._clock):
+                if not read_only:
+                    await connection.execute(QUERIES["assert_fence"], self._token)
+            except psycopg.Error:
+                await self._roll_back(connection)
+                raise
+            # A message of its own: a connection that broke before it was sent has certainly not committed.
+            try:
+                await connection.execute(QUERIES["commit"])
+            except psycopg.Error as error:
+                if read_only or not lost(connection, error):
+                    raise
+                raise UnknownOutcome(
+                    f"the connection to database {database} broke during COMMIT: it may have been committed",
+                    hint="open another transaction, and look for what this one would have written",
+                    details={"database": database, **{key: str(value) for key, value in self._token.items()}},
+                ) from error
+
+    async def _taken_over(self, database: str, error: psycopg.Error) -> Fenced | None:
+        """Return the refusal behind an error that a takeover may have caused: ask again whether we may act.
+
+        A takeover ends our sessions; and a fence row that changed after a transaction's snapshot is reported
+        as a write conflict, for which whoever repeats such transactions would repeat this one for ever.
+        """
+        if error.sqlstate == "PH001":
+            return fenced(error)
+        if not (is_conflict(error) or is_loss(error)):
+            return None
+        deadline = self._clock.now() + _SECOND_LOOK_SECONDS
+        try:
+            async with self._connections[database].borrow(deadline) as connection:
+                with cut_at(connection, deadline, self._clock):
                     await connection.execute(QUERIES["check_fence"], self._token)
-            except psycopg.Error as superseded:
-                if superseded.sqlstate == "PH001":
-                    return superseded
-        return error
+        except psycopg.Error as answer:
+            return fenced(answer) if answer.sqlstate == "PH001" else None
+        except (TimeoutError, FenceUnavailable):
+            return None
+        return None
 
     async def _roll_back(self, connection: Connection) -> None:
         """End the transaction; a connection that does not let us is closed when it is released."""

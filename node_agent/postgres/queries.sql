@@ -83,11 +83,11 @@ begin isolation level {isolation} read write; select herd.fence({name}, {epoch},
 -- Open a transaction that cannot write, on a primary or a standby.
 begin isolation level {isolation} read only; select herd.check_fence({name}, {epoch}, {start})
 
--- name: commit
--- Assert the fence once more, then commit.
-select herd.assert_fence({name}, {epoch}, {start}); commit
+-- name: assert_fence
+-- The last statement before COMMIT.
+select herd.assert_fence(%(name)s, %(epoch)s, %(start)s)
 
--- name: commit_read_only
+-- name: commit
 commit
 
 -- name: rollback

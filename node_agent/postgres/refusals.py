@@ -36,7 +36,19 @@ class FenceUnavailable(Exception):
 
 def lost(connection: psycopg.AsyncConnection[tuple[object, ...]], error: psycopg.Error) -> bool:
     """Tell whether ``error`` means that the session is gone, and with it whatever was not committed."""
-    return connection.closed or error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+    return connection.closed or is_loss(error)
+
+
+def is_loss(error: psycopg.Error) -> bool:
+    """Tell whether ``error`` says that its session ended."""
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.OperationalError)
+    return error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+
+
+def is_conflict(error: psycopg.Error) -> bool:
+    """Tell whether ``error`` is a conflict with a row or transaction newer than a snapshot."""
+    return isinstance(error, errors.SerializationFailure)
 
 
 def fenced(error: psycopg.Error) -> Fenced:
