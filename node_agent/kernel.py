@@ -88,13 +88,13 @@ def remount_proc() -> None:
     _check(_libc.mount(b"proc", b"/proc", b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None))
 
 
-def die_with_parent() -> None:
-    """Get SIGKILL when the thread that forked this process ends.
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Get the signal ``number`` when the thread that forked this process ends.
 
     A change of user or group undoes it, so it comes after that; and the parent may have died before the call,
     so the caller looks at its parent after it.
     """
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0))
 
 
 def adopt_orphans() -> None:

@@ -37,6 +37,16 @@ def run(context: click.Context, config: Path, check: bool) -> None:
     if check:
         specs = [loaded.children_dir] if loaded.children_dir.is_dir() else []
         context.exit(context.invoke(check_files, files=[config, *specs]))
+    _make(loaded.run_dir)
     # -P: a directory called registry or node_agent where we were started is not ours.
     module = ["-P", "-m", "node_agent.launcher"]
     os.execv(sys.executable, [sys.executable, *module, "-c", str(config.absolute())])
+
+
+def _make(run_dir: Path) -> None:
+    """Make the directory of our sockets: whoever can enter it can use them."""
+    try:
+        run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"run_dir {run_dir} cannot be made: {error.strerror}\nhint: make it, or set run_dir"
+        raise click.ClickException(message) from error

@@ -8,7 +8,6 @@ under us, and any event loop will do.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import pwd
 import random
@@ -20,8 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG = 1
+from node_agent import kernel
+
 _LOOPBACK = "127.0.0.1"
 
 
@@ -143,8 +142,7 @@ def _before_exec(death_signal: signal.Signals, user: User | None) -> Callable[[]
             os.setgroups([])
             os.setgid(user.gid)
             os.setuid(user.uid)
-        # After setuid, which clears it; the parent may have died before it was set.
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal))
+        kernel.die_with_parent(death_signal)
         if os.getppid() != parent:
             os._exit(1)
 

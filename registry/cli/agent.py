@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,14 @@ class Agent:
 
         while (answer := self._runner.run(following())) is not None:
             yield answer
+
+
+def asking_user() -> str:
+    """Return who runs this command, for `why`: what people call the account, or its number."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
 
 
 def _meaning(error: grpc.aio.AioRpcError, *, changes: bool, seconds: float) -> HerdError:

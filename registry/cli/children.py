@@ -8,7 +8,7 @@ from itertools import groupby
 
 import click
 
-from registry.cli.agent import connect
+from registry.cli.agent import asking_user, connect
 from registry.cli.invocation import Command, Invocation, pass_invocation
 from registry.cli.output import as_plain, print_done, print_json, print_table, span, styled, token
 from registry.v1.supervision_pb2 import Child, ChildrenRequest, ChildrenResponse, LogsRequest, RestartRequest
@@ -108,5 +108,6 @@ def logs(invocation: Invocation, name: str, follow: bool, lines: int) -> None:
 def restart(invocation: Invocation, name: str) -> None:
     """Stop a worker's process and start it again on the same host, with the same epoch."""
     with connect(invocation) as agent:
-        done = agent.ask(agent.supervision.Restart, RestartRequest(name=name), changes=True)
+        request = RestartRequest(name=name, who=asking_user())
+        done = agent.ask(agent.supervision.Restart, request, changes=True)
     print_done(invocation, done)

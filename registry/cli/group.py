@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -72,10 +74,8 @@ class Herd(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command; None when there is none of that name."""
-        if cmd_name in COMMANDS:
-            return _load(COMMANDS[cmd_name])
-        plugin = _plugins().get(cmd_name)
-        return None if plugin is None else _load(plugin.value)
+        where = _where(cmd_name)
+        return _load(where) if where else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -95,17 +95,10 @@ class Herd(click.Group):
         known = {name for names in SECTIONS.values() for name in names}
         more = tuple(name for name in self.list_commands(ctx) if name not in known)
         for title, names in (*SECTIONS.items(), ("More", more)):
-            rows = [(name, text) for name in names if (text := self._help(ctx, name)) is not None]
+            rows = [(name, _summary(where)) for name in names if (where := _where(name))]
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
-
-    def _help(self, ctx: click.Context, name: str) -> str | None:
-        try:
-            command = self.get_command(ctx, name)
-        except ImportError as error:
-            return f"(cannot be loaded: {error})"
-        return None if command is None or command.hidden else command.get_short_help_str(limit=75)
 
 
 @cache
@@ -113,6 +106,28 @@ def _plugins() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group="pgherd.commands")}
+
+
+def _where(name: str) -> str:
+    """Return ``module:attribute`` of a command, empty when there is none of that name."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    plugin = _plugins().get(name)
+    return plugin.value if plugin else ""
+
+
+def _summary(where: str) -> str:
+    """Return the first line of a command's docstring without importing what the command needs: a second."""
+    from importlib.util import find_spec
+
+    module, _, function = where.partition(":")
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        return "(not installed)"
+    for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
+    return ""
 
 
 def _load(where: str) -> click.Command:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import click
 import grpc
 
-from registry.cli.agent import Agent, connect
+from registry.cli.agent import Agent, asking_user, connect
 from registry.cli.invocation import Command, Invocation, pass_invocation
 from registry.cli.output import as_plain, moment, print_done, print_json, print_table
 from registry.errors import Invalid, NoSuchName
@@ -25,7 +25,7 @@ def apply(invocation: Invocation, files: tuple[str, ...]) -> None:
 
     A file is checked whole before anything of it is written.
     """
-    requests = [ApplyRequest(toml=_read(file), source=_source(file)) for file in files]
+    requests = [ApplyRequest(toml=_read(file), source=_source(file), who=asking_user()) for file in files]
     answer = ApplyResponse()
     with connect(invocation) as agent:
         for request in requests:
@@ -74,7 +74,7 @@ _Wish: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[NameRequest, Done]"
 
 def _wish(invocation: Invocation, name: str, method: Callable[[Agent], _Wish]) -> None:
     with connect(invocation) as agent:
-        done = agent.ask(method(agent), NameRequest(name=name), changes=True)
+        done = agent.ask(method(agent), NameRequest(name=name, who=asking_user()), changes=True)
     print_done(invocation, done)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pwd
 import socket
 import threading
 from pathlib import Path
@@ -383,6 +385,8 @@ def test_wishes_are_confirmed_in_words(run: Run, canned_agent: CannedAgent, verb
     canned_agent.answers[verb.title()] = Done(what="ticker: done")
     assert run(verb, "ticker") == 0
     assert run.output == "ticker: done\n"
+    ((_, request),) = canned_agent.asked
+    assert getattr(request, "who") == pwd.getpwuid(os.getuid()).pw_name  # noqa: B009
 
 
 def test_restart_agent_returns_when_the_next_generation_is_ready(run: Run, canned_agent: CannedAgent) -> None:
