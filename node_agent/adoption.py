@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from node_agent.child import ChildSpec, parse, to_toml
-from node_agent.lifecycle import Child, Ownership
+from node_agent.lifecycle import Child
 from node_agent.protocol import WorkerRow
 from node_agent.restarts import RestartWindow
+from node_agent.states import Ownership
 from registry.clock import Boottime
 from registry.config import ConfigInvalid, Timing
 from registry.store import LeaseId

@@ -19,6 +19,7 @@ import grpc
 from node_agent import adoption, protocol
 from node_agent.attachment import WorkerSocket
 from node_agent.children_dir import read_children
+from node_agent.holdings import Holdings, Persist
 from node_agent.lifecycle import Child
 from node_agent.local import Local
 from node_agent.membership import Membership, Restored
@@ -41,6 +42,7 @@ from registry.peers import Peers
 from registry.router import Router
 from registry.server import Server
 from registry.specs import Specs
+from registry.store import LeaseId
 from registry.v1 import cluster_pb2, cluster_pb2_grpc, supervision_pb2_grpc
 
 PROTOCOL = 1
@@ -129,24 +131,38 @@ class Agent:
         specs = Specs(self._store, prefix)
         wishes = Wishes(config.databases)
         self._local = Local(self._supervisor, self._trusted, self._directory.specs)
+
+        def holdings(node: str, lease: LeaseId, persist: Persist) -> Holdings:
+            return Holdings(
+                host=config.host,
+                node=node,
+                lease=lease,
+                directory=self._directory,
+                names=names,
+                specs=specs,
+                supervisor=self._supervisor,
+                wishes=wishes,
+                clock=SYSTEM_CLOCK,
+                emit=self._emit,
+                persist=persist,
+                methods=self._local.methods,
+                confirm=self._confirm,
+                silent_until=self._silent_until,
+            )
+
         self._membership = Membership(
             host=config.host,
             timing=config.timing,
             make_store=lambda: make_store(config),
             directory=self._directory,
-            names=names,
             nodes=nodes,
-            specs=specs,
             supervisor=self._supervisor,
             link=link,
-            wishes=wishes,
             own_specs=[spec for spec in self._own.specs if spec.name],
             clock=SYSTEM_CLOCK,
             emit=self._emit,
             facts=self._facts,
-            methods=self._local.methods,
-            confirm=self._confirm,
-            silent_until=self._silent_until,
+            make_holdings=holdings,
         )
         self._peers = Peers(
             self._directory,

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from node_agent.lifecycle import Ownership
+from node_agent.states import Ownership
 from node_agent.wishes import Wish, Wishes
 from registry import events
 from registry.clock import Boottime, Clock

@@ -12,19 +12,17 @@ warden has said that everything of the one before is gone.
 from __future__ import annotations
 
 import asyncio
-import enum
 import random
 import signal
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from node_agent import protocol
 from node_agent.attachment import Attachment
-from node_agent.child import Behaviour, ChildSpec, Command, StopStage, substitute
+from node_agent.child import Behaviour, ChildSpec, Command, StopStage
 from node_agent.postgres.fence import FenceRaiser, FenceUnavailable
 from node_agent.restarts import (
     SUPERSEDED_CODE,
@@ -37,6 +35,8 @@ from node_agent.restarts import (
     decide,
     signal_name,
 )
+from node_agent.start_request import Place, start_request
+from node_agent.states import TRANSITIONS, Ownership, Process, State
 from node_agent.warden_link import WardenLink
 from registry import events
 from registry.clock import Boottime, Clock
@@ -46,68 +46,6 @@ FENCE_ATTEMPT = 5.0
 """Seconds for one attempt to raise a fence in one database."""
 FENCE_RETRY = (0.2, 5.0)
 """First and longest pause between such attempts, in seconds."""
-
-
-class State(enum.Enum):
-    """Where a child stands; the values are what ``pgherd ps`` prints."""
-
-    ADOPTING = "adopting"
-    FENCING = "fencing"
-    STARTING = "starting"
-    READY = "ready"
-    STOPPING = "stopping"
-    BACKOFF = "backoff"
-    STOPPED = "stopped"
-    FINISHED = "finished"
-    FAILED = "failed"
-    SUPERSEDED = "superseded"
-
-
-_AFTER_A_PROCESS = frozenset(
-    {State.BACKOFF, State.FENCING, State.FINISHED, State.FAILED, State.SUPERSEDED, State.STOPPED}
-)
-TRANSITIONS: Mapping[State, frozenset[State]] = {
-    # A process of the agent before this one; not ours until its owner key is confirmed.
-    State.ADOPTING: frozenset({State.STARTING, State.STOPPING}) | _AFTER_A_PROCESS,
-    # The token goes into every database of `fence` before the process exists.
-    State.FENCING: frozenset({State.STARTING, State.STOPPED, State.SUPERSEDED}),
-    # The process exists and is not ready to serve.
-    State.STARTING: frozenset({State.READY, State.STOPPING}) | _AFTER_A_PROCESS,
-    # Calls reach it.
-    State.READY: frozenset({State.STOPPING}) | _AFTER_A_PROCESS,
-    # Its stop stages run; nothing new reaches it.
-    State.STOPPING: frozenset({State.STOPPED, State.FENCING, State.SUPERSEDED}),
-    # Waiting before the next start.
-    State.BACKOFF: frozenset({State.FENCING, State.STOPPED, State.SUPERSEDED}),
-    # Ends: asked to stop; ended by itself and not to be restarted; restart budget spent; owner elsewhere.
-    State.STOPPED: frozenset(),
-    State.FINISHED: frozenset(),
-    State.FAILED: frozenset(),
-    State.SUPERSEDED: frozenset(),
-}
-
-ENDS = frozenset(state for state, following in TRANSITIONS.items() if not following)
-
-
-@dataclass(frozen=True, slots=True)
-class Ownership:
-    """The right to run a name: an epoch under a lease of this node."""
-
-    name: str
-    epoch: int
-    claim: str
-    node: str
-    lease: int
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One process of a child, as the warden started it."""
-
-    worker: str
-    pid: int
-    start: int
-    since: Boottime
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +93,12 @@ class _Ended:
     healthy_for: float = 0.0
 
 
-class Host(Protocol):
+class Host(Place, Protocol):
     """What a child needs of the agent around it."""
 
-    cluster: str
-    host: str
-    socket: str
     link: WardenLink
     fences: FenceRaiser
     clock: Clock
-    conninfos: Mapping[str, str]
 
     def emit(self, event: events.Event) -> None:
         """Tell what happened."""
@@ -317,7 +251,7 @@ class Child:
                 return end
         self._enter(State.STARTING)
         self._says_ready, self._crash = False, ""
-        request = self._request(start)
+        request = start_request(self.spec, self.ownership, start, self._host)
         # Known before it exists: the process may attach before the warden's answer is read.
         self.process = Process(request.worker, 0, start, self._host.clock.now())
         answer = await self._host.link.start(request)
@@ -366,52 +300,6 @@ class Child:
             if (stop := await self._stop_within(pause)) is not None:
                 return stop
             pause = min(pause * 2, longest)
-
-    def _request(self, start: int) -> protocol.Start:
-        node = self.ownership.node if self.ownership else ""
-        spec = substitute(
-            self.spec,
-            node=node,
-            host=self._host.host,
-            name=self.key,
-            instance=self.key,
-            index=0,
-            epoch=self.epoch,
-        )
-        env = {
-            "PGHERD_NAME": self.key,
-            "PGHERD_EPOCH": str(self.epoch),
-            "PGHERD_START": str(start),
-            "PGHERD_NODE": node,
-            "PGHERD_SOCKET": self._host.socket,
-            "PGAPPNAME": f"herd:{self.epoch}.{start}:{self.key}"[:63],
-            **spec.env,
-        }
-        behaviour = spec.run if isinstance(spec.run, Behaviour) else Behaviour("")
-        return protocol.Start(
-            worker=uuid.uuid4().hex,
-            child=self.key,
-            name=spec.name,
-            lease=self.ownership.lease if self.ownership else 0,
-            epoch=self.epoch,
-            start=start,
-            command=spec.run.argv if isinstance(spec.run, Command) else None,
-            behaviour=behaviour.target,
-            args=behaviour.args,
-            path=behaviour.path,
-            env=env,
-            cwd=spec.cwd,
-            user=spec.user,
-            databases={
-                name: self._host.conninfos[name]
-                for name in sorted(spec.constraints.databases)
-                if name in self._host.conninfos
-            },
-            socket=self._host.socket,
-            node=node,
-            host=self._host.host,
-            cluster=self._host.cluster,
-        )
 
     async def _live(self, process: Process, *, adopted: bool = False) -> _Ended | _Stop:
         """Accompany a process from its start until nothing of it is left, and it is known to be ours."""

@@ -7,39 +7,32 @@ name is written, and only while its owner key has the same epoch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
-from registry.errors import StoreError
 from registry.names import Names
 from registry.ownership import Status
-
-RETRY = 0.5
+from registry.store import LeaseId
 
 
 class Publisher:
-    """Keeps the newest status of each name and writes it when etcd lets it."""
+    """Keeps the newest status of each name until it is written."""
 
-    def __init__(self, names: Names, lease: int, on_error: Callable[[str], None]) -> None:
-        self._names, self._lease, self._on_error = names, lease, on_error
-        self._dirty: dict[str, Status] = {}
+    def __init__(self, names: Names, lease: LeaseId) -> None:
+        self._names, self._lease = names, lease
+        self._unwritten: dict[str, Status] = {}
         self._wake = asyncio.Event()
 
     def publish(self, status: Status) -> None:
         """Have this written, unless a newer one for the same name comes first."""
-        self._dirty[status.name] = status
+        self._unwritten[status.name] = status
         self._wake.set()
 
     async def run(self) -> None:
-        """Write until cancelled."""
+        """Write until cancelled.  Raises StoreError; nothing is lost then, call it again."""
         while True:
-            await self._wake.wait()
+            while self._unwritten:
+                name, status = next(iter(self._unwritten.items()))
+                await self._names.put_status(status, self._lease)
+                if self._unwritten[name] is status:
+                    del self._unwritten[name]
             self._wake.clear()
-            while self._dirty:
-                name = next(iter(self._dirty))
-                status = self._dirty.pop(name)
-                try:
-                    await self._names.put_status(status, self._lease)
-                except StoreError as error:
-                    self._dirty.setdefault(name, status)
-                    self._on_error(str(error))
-                    await asyncio.sleep(RETRY)
+            await self._wake.wait()

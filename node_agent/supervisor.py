@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from node_agent import protocol
 from node_agent.child import ChildSpec
-from node_agent.lifecycle import ENDS, Child, Host, Ownership, Process, State
+from node_agent.lifecycle import Child, Host
 from node_agent.restarts import RestartWindow
+from node_agent.states import ENDS, Ownership, Process, State
 from node_agent.warden_link import WardenLink
 from registry import events
 

@@ -8,8 +8,9 @@ from node_agent import why as explaining
 from node_agent.child import Command
 from node_agent.children_dir import OwnChildren
 from node_agent.claims import candidates_of
-from node_agent.lifecycle import Child, State
+from node_agent.lifecycle import Child
 from node_agent.membership import Membership, Phase
+from node_agent.states import State
 from node_agent.supervisor import Supervisor
 from node_agent.warden_link import Welcome
 from node_agent.wishes import Wishes
@@ -161,7 +162,7 @@ class View:
         return explaining.explain(self._facts(name), self.log.about(name))
 
     def _facts(self, name: str) -> explaining.Facts:
-        directory, claims = self.directory, self.membership.claims
+        directory, holdings = self.directory, self.membership.holdings
         record = directory.specs.get(name)
         wish = self.wishes.read(record) if record else None
         placed = directory.placements.get(name)
@@ -180,7 +181,7 @@ class View:
             status=directory.status(name),
             placement=placed,
             child=self.supervisor.children.get(name),
-            verdict=claims.verdicts.get(name) if claims else None,
+            verdict=holdings.claims.verdicts.get(name) if holdings else None,
             ranking=ranking,
             node=directory.nodes.get(owner.node) if owner else None,
             host=self.config.host,

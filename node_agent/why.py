@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from node_agent.claims import Due, NotHere
-from node_agent.lifecycle import Child, State
+from node_agent.lifecycle import Child
+from node_agent.states import State
 from node_agent.wishes import Wish
 from registry.clock import Boottime
 from registry.events import Recorded
