@@ -317,7 +317,7 @@ class Child:
             running = exited is None and stop is None
             waiting = running and confirmed and self.state is not State.READY
             if waiting and (self._says_ready if ready_at is None else clock.now() >= ready_at):
-                served_from = self._serve(process)
+                served_from = self._serve(process, adopted=adopted)
                 waiting = False
             wakes = [next_stage, ready_at if waiting else None, overdue_at if waiting else None]
             message = await self._next(min((at for at in wakes if at is not None), default=None))
@@ -374,10 +374,11 @@ class Child:
         since = self._host.clock.now() if adopted else process.since
         return None, since + self.spec.ready.timeout
 
-    def _serve(self, process: Process) -> Boottime:
+    def _serve(self, process: Process, *, adopted: bool) -> Boottime:
         now = self._host.clock.now()
         self._enter(State.READY)
-        self._host.emit(events.WorkerReady(name=self.key, milliseconds=(now - process.since) * 1000))
+        if not adopted:
+            self._host.emit(events.WorkerReady(name=self.key, milliseconds=(now - process.since) * 1000))
         return now
 
     def _stage(self, process: Process, stages: deque[StopStage]) -> Boottime | None:

@@ -22,7 +22,7 @@ LIMIT = 180.0
 
 @click.command(cls=Command)
 @click.option("--etcd-members", type=click.IntRange(1, 5), default=3, show_default=True)
-@click.option("--keep", is_flag=True, help="Leave the cluster running's files and logs when it ends.")
+@click.option("--keep", is_flag=True, help="Leave configuration, data and logs when it ends.")
 def demo(etcd_members: int, keep: bool) -> None:
     """Start a cluster, break it in every way it promises to survive, and check each promise.
 
@@ -56,4 +56,6 @@ async def _run(etcd_members: int, keep: bool) -> int:
 def _print(step: Step) -> None:
     milliseconds = step.seconds * 1000
     took = f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{step.seconds:.1f} s"
-    click.echo(f"✓ {step.done}  [{step.typed}]  {took}")
+    click.secho("✓", fg="green", nl=False)
+    click.echo(f" {took:>7}  {step.done}  ", nl=False)
+    click.secho(f"$ {step.typed}", dim=True)

@@ -92,7 +92,7 @@ class Tour:
             with _Watch() as watch:
                 answer = await herd.ask(NAME, "status")
         check(answer.epoch == owner.epoch, f"Python: {answer}")
-        self._say("called from Python", f'await Client().call("{NAME}", "status")', watch)
+        self._say("called from Python", f"python: await Client().call('{NAME}', 'status')", watch)
         host = next(h for h in self._sandbox.hosts.values() if h.name != owner.host)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{host.port}") as channel:
             stub = messages_pb2_grpc.MessagesStub(channel)
@@ -100,7 +100,9 @@ class Tour:
                 response = await stub.Call(messages_pb2.CallRequest(name=NAME, method="status"), timeout=5)
         check(response.epoch == owner.epoch, f"gRPC: {response}")
         self._say(
-            f"called over plain gRPC, through {host.name}", f"127.0.0.1:{host.port} Messages/Call", watch
+            f"called over plain gRPC, through {host.name}",
+            f"grpcurl -plaintext … 127.0.0.1:{host.port} pgherd.v1.Messages/Call",
+            watch,
         )
 
     async def _kill_worker(self, before: Whereabouts) -> Whereabouts:
@@ -165,10 +167,10 @@ class Tour:
             opened, begun = await zombie.wake()
         check("57P01" in opened or "PH001" in opened, f"a transaction from before the takeover: {opened}")
         check("PH001" in begun, f"a transaction begun after the takeover: {begun}")
+        self._say(f"old owner lives on, its open transaction: {opened}", "psql: commit", watch)
         self._say(
-            f"old owner lives on, its open transaction: {opened}", f"epoch {zombie.epoch} commits", watch
+            f"and its next one: {begun}", f"psql: select herd.fence('{NAME}', {zombie.epoch}, …)", watch
         )
-        self._say(f"and its next one: {begun}", "select herd.fence(…)", watch)
 
     async def _kill_agent(self, owner: Whereabouts) -> None:
         """The agent is not a liability: its worker is not interrupted, and is adopted."""
@@ -197,10 +199,10 @@ class Tour:
             await self._traffic.finished()
             inserted, swept, left, owners = await self._traffic.balance()
         check(inserted == swept + left, f"{inserted} rows inserted, {swept} swept, {left} left")
-        check(owners >= 2, f"only {owners} owner swept anything")
+        check(owners >= 2, f"only {owners} process swept anything")
         self._say(
-            f"{inserted} rows inserted = {swept} swept by {owners} owners + {left} left",
-            "pgbench; table herd_sweeper.log",
+            f"{inserted} rows inserted = {swept} swept by {owners} processes + {left} left",
+            "psql: table herd_sweeper.log",
             watch,
         )
 
