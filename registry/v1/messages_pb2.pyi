@@ -308,7 +308,10 @@ class Batch(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
     accepted: _builtins.int
-    """Worker to agent only: every frame up to this one (counted per connection from 1) is in the mailbox."""
+    """On a worker's connection only: how many frames of the other side, counted from 1 on each connection, have
+    been taken. From a worker: they are in its mailbox (or were answered). From an agent: these replies need
+    not be told to the next agent.
+    """
     @_builtins.property
     def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___Frame]:
         """In order."""
