@@ -74,6 +74,8 @@ class Answers:
 
     def done(self, message: Message, result: Any) -> None:
         """Answer ``message`` with what its handler returned; TypeError for what JSON cannot say."""
+        if not message.is_call:
+            result = None
         if not message.requests and not message.key:
             return
         if isinstance(result, bytes | bytearray | memoryview):

@@ -17,11 +17,11 @@ import contextlib
 import secrets
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from node_agent import framing
+from node_agent.unanswered import Reply, Request, Unanswered
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.errors import Invalid, NoOwner, Overloaded, UnknownOutcome
 from registry.events import Event, LinkDropped
@@ -42,10 +42,11 @@ ATTACH_WITHIN = 5.0
 ACKNOWLEDGE_AFTER = 0.1
 """Seconds until replies are acknowledged when no request goes out that could carry it."""
 
+LONGEST_MS = 2**32 - 1
+"""The longest time that fits into a frame, in milliseconds."""
+
 SWEEP_EVERY = 0.005
 """Seconds between two looks for passed deadlines, at least."""
-
-Reply = Callable[[messages_pb2.Frame], None]
 
 
 class AttachHandler(Protocol):
@@ -69,17 +70,6 @@ class AttachHandler(Protocol):
 
 Accept = Callable[[str, Sequence[names_pb2.Method], bool], "str | AttachHandler"]
 """``accept(worker, methods, ready)``: why the worker is not wanted, or who wants to hear about it."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """An unanswered request; ``place`` counts the frames of its connection, 0 if not written yet."""
-
-    reply: Reply
-    deadline: Boottime
-    to: str
-    is_cast: bool
-    place: int = 0
 
 
 class Attachment(asyncio.Protocol):
@@ -106,13 +96,10 @@ class Attachment(asyncio.Protocol):
         self._why_closed = ""
         self._attach_timer: asyncio.TimerHandle | None = None
         # A reply to a request of a former connection must not look like one to a request of this.
-        self._last_id = secrets.randbits(31) << 32
-        self._pending: dict[int, _Pending] = {}
-        self._casts: dict[int, _Pending] = {}
+        self._requests = Unanswered(first_id=secrets.randbits(31) << 32)
         self._outgoing: list[messages_pb2.Frame] = []
         self._outgoing_bytes = 0
         self._flushing = False
-        self._handed_over = 0
         self._received = 0
         self._acknowledged = 0
         self._acknowledge_timer: asyncio.TimerHandle | None = None
@@ -123,11 +110,6 @@ class Attachment(asyncio.Protocol):
     def closed(self) -> bool:
         """Whether the connection is over."""
         return self.ended.done()
-
-    @property
-    def unanswered(self) -> int:
-        """How many requests have not been answered."""
-        return len(self._pending)
 
     def send(self, frame: messages_pb2.Frame, deadline: Boottime, reply: Reply) -> None:
         """Hand ``frame`` (a CALL, CAST or SYSTEM) over; its id and remaining_ms are overwritten.
@@ -144,19 +126,18 @@ class Attachment(asyncio.Protocol):
             raise Invalid(f"a message of {size} bytes for {frame.to}: {framing.MAX_BODY} are allowed")
         credit = CREDIT + SYSTEM_CREDIT if frame.kind == messages_pb2.KIND_SYSTEM else CREDIT
         if (
-            len(self._pending) >= credit
+            len(self._requests) >= credit
             or self._outgoing_bytes + transport.get_write_buffer_size() + size > BUFFERED_BYTES
         ):
             raise Overloaded(
-                f"{frame.to} has {len(self._pending)} unanswered requests ({CREDIT} are allowed), "
+                f"{frame.to} has {len(self._requests)} unanswered requests ({CREDIT} are allowed), "
                 f"{transport.get_write_buffer_size()} bytes wait for it ({BUFFERED_BYTES} are allowed)",
                 hint="try again after a moment",
                 details={"name": frame.to, "limit": str(CREDIT)},
             )
-        self._last_id += 1
-        frame.id = self._last_id
-        frame.remaining_ms = max(1, int((deadline - self._clock.now()) * 1000))
-        self._pending[frame.id] = _Pending(reply, deadline, frame.to, frame.kind == messages_pb2.KIND_CAST)
+        is_cast = frame.kind == messages_pb2.KIND_CAST
+        frame.id = self._requests.add(Request(frame.to, deadline, reply, is_cast))
+        frame.remaining_ms = min(max(1, int((deadline - self._clock.now()) * 1000)), LONGEST_MS)
         self._queue(frame, size)
         if not self._sweep_at or deadline < self._sweep_at:
             self._sweep_no_later_than(deadline)
@@ -191,12 +172,7 @@ class Attachment(asyncio.Protocol):
         frames, size = self._outgoing, self._outgoing_bytes
         self._outgoing, self._outgoing_bytes = [], 0
         for frame in frames:
-            self._handed_over += 1
-            pending = self._pending.get(frame.id)
-            if pending is not None:
-                pending.place = self._handed_over
-                if pending.is_cast:
-                    self._casts[frame.id] = pending
+            self._requests.written(frame.id)
         self._acknowledged = self._received
         for batch in framing.batches(frames, size):
             message = worker_pb2.AgentMessage(
@@ -288,32 +264,22 @@ class Attachment(asyncio.Protocol):
             handler.on_ready()
 
     def _take(self, batch: messages_pb2.Batch, handler: AttachHandler) -> None:
-        pendings = self._pending
         for frame in batch.frames:
-            pending = pendings.pop(frame.id, None)
-            if pending is None:
+            answered = self._requests.pop(frame.id)
+            if answered is None:
                 handler.on_late_reply(frame)
-                continue
-            if pending.is_cast:
-                self._casts.pop(frame.id, None)
-            pending.reply(frame)
-        if batch.accepted and self._casts:
-            self._accepted(batch.accepted)
+            else:
+                answered.reply(frame)
+        for request_id, request in self._requests.accepted(batch.accepted):
+            request.reply(
+                messages_pb2.Frame(
+                    id=request_id, kind=messages_pb2.KIND_REPLY, epoch=self.epoch, start=self.start
+                )
+            )
         if batch.frames:
             self._received += len(batch.frames)
             if self._acknowledge_timer is None:
                 self._acknowledge_timer = self._loop.call_later(ACKNOWLEDGE_AFTER, self._acknowledge)
-
-    def _accepted(self, place: int) -> None:
-        answered = [request for request, pending in self._casts.items() if pending.place <= place]
-        for request in answered:
-            pending = self._casts.pop(request)
-            del self._pending[request]
-            pending.reply(
-                messages_pb2.Frame(
-                    id=request, kind=messages_pb2.KIND_REPLY, epoch=self.epoch, start=self.start
-                )
-            )
 
     # Deadlines and ends.
 
@@ -326,23 +292,13 @@ class Attachment(asyncio.Protocol):
 
     def _sweep(self) -> None:
         self._sweep_timer, self._sweep_at = None, 0.0
-        now = self._clock.now()
-        late = [request for request, pending in self._pending.items() if pending.deadline <= now]
-        for request in late:
-            pending = self._forget(request)
-            error = UnknownOutcome(f"{pending.to} did not answer in time", details={"name": pending.to})
-            pending.reply(framing.failed(request, error, epoch=self.epoch, start=self.start))
-        if self._pending:
-            self._sweep_no_later_than(min(pending.deadline for pending in self._pending.values()))
-
-    def _forget(self, request: int) -> _Pending:
-        pending = self._pending.pop(request)
-        self._casts.pop(request, None)
-        if pending.place:
-            self._queue(messages_pb2.Frame(id=request, kind=messages_pb2.KIND_CANCEL), 16)
-        else:
-            self._outgoing = [frame for frame in self._outgoing if frame.id != request]
-        return pending
+        for request_id, request in self._requests.expired(self._clock.now()):
+            self._queue(messages_pb2.Frame(id=request_id, kind=messages_pb2.KIND_CANCEL), 16)
+            late = UnknownOutcome(f"{request.to} did not answer in time", details={"name": request.to})
+            request.reply(framing.failed(request_id, late, epoch=self.epoch, start=self.start))
+        deadline = self._requests.next_deadline()
+        if deadline is not None:
+            self._sweep_no_later_than(deadline)
 
     def connection_lost(self, exc: Exception | None) -> None:
         why = self._why_closed or (
@@ -352,24 +308,21 @@ class Attachment(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         self._transport = None
+        self._outgoing = []
         self.ended.set_result(None)
-        pendings, self._pending, self._outgoing = self._pending, {}, []
-        self._casts.clear()
-        for request, pending in pendings.items():
-            error = _unanswered(pending, why)
-            pending.reply(framing.failed(request, error, epoch=self.epoch, start=self.start))
+        for request_id, request in self._requests.drain():
+            error = _unanswered(request, why)
+            request.reply(framing.failed(request_id, error, epoch=self.epoch, start=self.start))
         if self._handler is not None:
             self._handler.on_closed(why)
 
 
-def _unanswered(pending: _Pending, why: str) -> UnknownOutcome | NoOwner:
-    details = {"name": pending.to}
-    if pending.place:
-        return UnknownOutcome(
-            f"the process that serves {pending.to} ended or went away: {why}", details=details
-        )
+def _unanswered(request: Request, why: str) -> UnknownOutcome | NoOwner:
+    details = {"name": request.to}
+    if request.place:
+        return UnknownOutcome(f"the process that serves {request.to} is gone: {why}", details=details)
     return NoOwner(
-        f"the process that serves {pending.to} went away before it got this: {why}", details=details
+        f"the process that serves {request.to} was gone before it got this: {why}", details=details
     )
 
 

@@ -7,6 +7,7 @@ nothing in the mailbox is refused later for what it says.  Runs on the runtime's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from node_agent.answers import Identity, again
@@ -50,11 +51,13 @@ class Intake:
             raise WrongEpoch(
                 f"{identity.name} has epoch {identity.epoch} here, the request wants {frame.epoch}"
             )
+        is_call = frame.kind == messages_pb2.KIND_CALL
         message = Message(
             method=frame.method,
-            is_call=frame.kind == messages_pb2.KIND_CALL,
+            is_call=is_call,
             arguments=self._interface.arguments(frame),
-            deadline=now + (frame.remaining_ms or DEFAULT_MS) / 1000,
+            # The sender of a cast waits for its acceptance only; after that it is ours to handle.
+            deadline=now + (frame.remaining_ms or DEFAULT_MS) / 1000 if is_call else math.inf,
             sender=frame.sender,
             traceparent=frame.traceparent,
             key=frame.idempotency_key,

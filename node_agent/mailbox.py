@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,8 @@ class Message:
     """One request for a daemon; what ``handle_call`` and ``handle_cast`` are given.
 
     ``arguments`` are the method's arguments by name, or, for a method that the daemon does not declare, the
-    decoded JSON value or the bytes of the body.  ``deadline`` is in seconds of CLOCK_BOOTTIME.
+    decoded JSON value or the bytes of the body.  ``deadline`` is in seconds of CLOCK_BOOTTIME; an accepted
+    cast has none.  ``postpone`` is set for the daemon's own timers: what to do when it may not act now.
     """
 
     method: str
@@ -50,6 +52,7 @@ class Message:
     request: int = 0
     size: int = 0
     joined: list[int] = field(default_factory=list)
+    postpone: Callable[[], None] | None = None
 
     @property
     def requests(self) -> list[int]:

@@ -20,12 +20,13 @@ import inspect
 import logging
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from node_agent.answers import Answers, Identity
 from node_agent.behaviours.interface import Interface, did_you_mean, to_json
@@ -47,6 +48,9 @@ from registry.errors import (
 )
 from registry.v1 import messages_pb2, worker_pb2
 
+if TYPE_CHECKING:
+    from node_agent.postgres.backend import Databases
+
 EXIT_STOPPED = 0
 EXIT_CRASHED = 1
 EXIT_SUPERSEDED = 75
@@ -62,6 +66,10 @@ BUSY_TICK = 0.05
 """Seconds between two looks at a running handler, and until an answer goes out that the loop still holds."""
 
 IDLE_TICK = 1.0
+"""Seconds between two looks at a daemon that does nothing."""
+
+POSTPONED = 0.1
+"""Seconds until a timer is tried again that came while the daemon may not act."""
 
 log = logging.getLogger("pgherd.worker")
 
@@ -106,7 +114,7 @@ class Runtime:
         self._running: Message | None = None
         self._running_since: Boottime | None = None
         self._executor: ThreadPoolExecutor | None = None
-        self._databases: Any = None
+        self._databases: Databases | None = None
 
     async def run(self, behaviour: type[Server]) -> int:
         """Live from init to the end; returns the exit code."""
@@ -117,7 +125,8 @@ class Runtime:
             if await self._initialise():
                 await self._serve()
                 await self._behaviour.terminate("shutdown")
-            await self._close_databases()
+            if self._databases is not None:
+                await self._databases.close()
         except BaseException as error:  # noqa: BLE001 - let it crash: whatever it is ends the process
             return self._crash(error)
         self._answers.flush()
@@ -143,23 +152,32 @@ class Runtime:
     async def _serve(self) -> None:
         turn_ends = SYSTEM_CLOCK.now() + TURN
         while self._phase is not Phase.STOPPING:
+            now = SYSTEM_CLOCK.now()
+            if now > turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = SYSTEM_CLOCK.now() + TURN
+                continue
             message = self._mailbox.take()
             if message is None:
                 self._something = self._loop.create_future()
                 await self._something
                 turn_ends = SYSTEM_CLOCK.now() + TURN
                 continue
-            now = SYSTEM_CLOCK.now()
-            if now > turn_ends:
-                await asyncio.sleep(0)
-                turn_ends = now + TURN
             refusal = self._too_late(message, now)
             if refusal is None:
                 self._running, self._running_since = message, now
                 await self._handle(message)
                 self._running = self._running_since = None
             else:
-                self._answers.failed(message, refusal)
+                self._skip(message, refusal)
+
+    def _skip(self, message: Message, why: HerdError) -> None:
+        if message.postpone is not None:
+            message.postpone()
+            return
+        if not message.is_call:
+            log.warning("%s drops the cast %s: %s", self._identity.name, message.method, why)
+        self._answers.failed(message, why)
 
     def _too_late(self, message: Message, now: Boottime) -> HerdError | None:
         """Return why ``message`` must not be handled any more, if so."""
@@ -229,12 +247,6 @@ class Runtime:
         self._uplink.crashed(f"superseded: {why}" if superseded else why, details)
         self._uplink.close(FAREWELL)
         return EXIT_SUPERSEDED if superseded else EXIT_CRASHED
-
-    async def _close_databases(self) -> None:
-        if self._databases is not None:
-            closing = self._databases.close()
-            if inspect.isawaitable(closing):
-                await closing
 
     # On the uplink's thread.
 
@@ -320,15 +332,26 @@ class Runtime:
             known = did_you_mean(database, start.databases) or "its spec names no database"
             raise LookupError(f'{self._identity.name} has no database "{database}": {known}')
         if self._databases is None:
+            # Only here: a worker without a database needs no driver.
             from node_agent.postgres.backend import Databases
 
             self._databases = Databases(start.databases, self._identity.name, start.epoch, start.start)
-        transaction: AbstractAsyncContextManager[Any] = self._databases.backend(database, read_only=read_only)
-        return transaction
+        return self._databases.backend(database, read_only=read_only)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without what its parent has registered to run at its own exit."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class OwnTimer:
-    """A message of the daemon to itself; see :class:`node_agent.behaviours.server.Timer`."""
+    """A message of the daemon to itself; see :class:`node_agent.behaviours.server.Timer`.
+
+    It is not dropped while the daemon may not act, but tried again: nobody else would repeat it.
+    """
 
     def __init__(
         self,
@@ -338,10 +361,19 @@ class OwnTimer:
         message: Message,
         wake: Callable[[], None],
     ) -> None:
+        self._loop = loop
         self._mailbox = mailbox
         self._message = message
         self._wake = wake
         self._handle: asyncio.TimerHandle | None = loop.call_later(max(0.0, delay), self._fire)
+        self._postponed = False
+        message.postpone = self._postpone
+
+    def _postpone(self) -> None:
+        if not self._postponed:
+            self._postponed = True
+            log.warning("the timer for %s waits: this process may not act now", self._message.method)
+        self._handle = self._loop.call_later(POSTPONED, self._fire)
 
     def _fire(self) -> None:
         self._handle = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -21,7 +20,7 @@ import uvloop
 from node_agent.behaviours.interface import BadBehaviour, read_args
 from node_agent.behaviours.loading import load
 from node_agent.protocol import Start
-from node_agent.runtime import EXIT_CRASHED, EXIT_SUPERSEDED, FAREWELL, Runtime
+from node_agent.runtime import EXIT_CRASHED, EXIT_SUPERSEDED, FAREWELL, Runtime, leave
 from node_agent.uplink import Uplink
 
 __all__ = ["EXIT_SUPERSEDED", "run"]
@@ -42,12 +41,7 @@ def run(start: Start) -> NoReturn:
         code = _run(start)
     except BaseException:  # noqa: BLE001 - the process ends here, whatever it was
         traceback.print_exc()
-    finally:
-        # Not sys.exit: what the warden has registered to run at its own exit is not ours.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(code)
 
 
 def _run(start: Start) -> int:
@@ -69,13 +63,10 @@ def _run(start: Start) -> int:
     async def live() -> int:
         return await Runtime(start, interface, args).run(behaviour)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(live())
-        if code != 0:
-            # Let it crash: tasks of the author that do not want to end must not keep the process.
-            logging.shutdown()
-            os._exit(code)
-        return code
+    # The loop is not closed in order: what the author left running must not keep the process.
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    return loop.run_until_complete(live())
 
 
 def _cannot_start(start: Start, bad: BadBehaviour) -> int:

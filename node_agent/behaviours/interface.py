@@ -66,6 +66,11 @@ class Parameters:
             return typing.cast(dict[str, Any], self._read(text))
         except ValidationError as error:
             raise self._invalid(error) from None
+        except Exception as error:
+            raise Invalid(
+                f"{self._owner}: the arguments could not be read: {type(error).__name__}: {error}",
+                details={"method": self._owner},
+            ) from error
 
     def _invalid(self, error: ValidationError) -> Invalid:
         problems = error.errors(include_url=False, include_context=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from registry.clock import SYSTEM_CLOCK
 from registry.v1 import messages_pb2
-from tests.support.worker import Desk
+from tests.support.worker import WITHIN, Desk
 
 REFUSED, UNKNOWN, REPLY = (
     messages_pb2.OUTCOME_REFUSED,
@@ -328,6 +329,39 @@ async def test_a_timer_is_a_message_to_oneself(desk: Desk, tmp_path: Path) -> No
     assert await worker.call("never_mind") is False, "it has been handled"
     await worker.call("later", '{"delay": 60, "what": "never"}')
     assert await worker.call("never_mind") is True
+
+
+async def test_a_timer_waits_until_the_daemon_may_act_again(desk: Desk) -> None:
+    process, worker = await desk.ready("Probe")
+    assert worker.attachment is not None
+    await worker.call("later", '{"delay": 0.02, "what": "tick"}')
+    worker.attachment.set_deadline(SYSTEM_CLOCK.now() - 1)
+    async with asyncio.timeout(WITHIN):
+        while "the timer for remember waits" not in process.output:
+            await worker.ping()
+    worker.attachment.set_deadline(SYSTEM_CLOCK.now() + 60)
+    async with asyncio.timeout(WITHIN):
+        while await worker.call("remembered") == []:
+            pass
+
+
+async def test_an_accepted_cast_is_handled_however_late(desk: Desk) -> None:
+    _, worker = await desk.ready("Probe")
+    worker.send("hold")
+    await worker.until_handling("hold")
+    await worker.cast("remember", '{"what": "late"}', timeout=0.05)
+    expired = await worker.ask("echo", timeout=0.06)
+    assert expired.error.outcome == UNKNOWN, "so the time of the cast is over too"
+    desk.gate.let_one_pass()
+    assert await worker.call("remembered") == ["late"]
+
+
+async def test_an_argument_type_that_fails_is_an_invalid_request(desk: Desk) -> None:
+    process, worker = await desk.ready("Probe")
+    error = (await worker.ask("picky", '{"thing": {"value": 1}}')).error
+    assert error.reason == messages_pb2.REASON_INVALID
+    assert "KeyError" in error.message
+    assert (await worker.call("who"))["pid"] == process.pid
 
 
 async def test_a_timer_with_a_mistake_fails_where_it_is_set(desk: Desk) -> None:

@@ -33,6 +33,16 @@ class Order:
     at: datetime | None = None
 
 
+@dataclass(frozen=True)
+class Picky:
+    """An argument whose type fails in its own way."""
+
+    value: int
+
+    def __post_init__(self) -> None:
+        raise KeyError(self.value)
+
+
 class Probe(Server):
     """Does whatever a test asks for."""
 
@@ -149,6 +159,9 @@ class Probe(Server):
     async def never_mind(self) -> bool:
         assert self.timer is not None
         return self.timer.cancel()
+
+    @call
+    async def picky(self, thing: Picky) -> None: ...
 
     @call
     async def wrong_timer(self) -> None:
