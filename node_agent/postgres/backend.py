@@ -39,7 +39,10 @@ from node_agent.postgres.refusals import (
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.errors import Fenced, UnknownOutcome
 
-__all__ = ["Databases", "FenceUnavailable", "Isolation", "Transaction"]
+__all__ = ["Databases", "FenceUnavailable", "Isolation", "StatementError", "Transaction"]
+
+StatementError = psycopg.Error
+"""What a statement raises that PostgreSQL does not accept, or whose connection breaks."""
 
 Isolation = Literal["read committed", "repeatable read", "serializable"]
 Parameters = Sequence[Any] | Mapping[str, Any] | None
