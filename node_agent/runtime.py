@@ -263,8 +263,7 @@ class Runtime:
             log.error(
                 "%s ends: the agent does not want it: %s", self._identity.name, message.attached.refused
             )
-            logging.shutdown()
-            os._exit(EXIT_SUPERSEDED)
+            leave(EXIT_SUPERSEDED)
         return ()
 
     def _take(self, frames: Sequence[messages_pb2.Frame]) -> list[messages_pb2.Frame]:
