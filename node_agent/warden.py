@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
-import gc
 import os
 import resource
 import selectors
@@ -28,13 +27,13 @@ from typing import Any, assert_never
 from node_agent import kernel, lifeline, protocol
 from node_agent.lifeline import LauncherSilent, Lifeline
 from node_agent.marker import WARDEN_VARIABLE, Marker
+from node_agent.preload import AGENT_ENTRY, WORKER_ENTRY, Image
 from node_agent.warden_agent import Agent, State
 from node_agent.warden_children import SWEEP_AGAIN, Children
 from node_agent.warden_leases import Leases
 from node_agent.warden_output import Outputs
-from node_agent.warden_spawn import Birth, load
+from node_agent.warden_spawn import Birth
 
-WORKER_ENTRY = "node_agent.worker:run"
 END_WITHIN = 5.0
 """Seconds after which the warden exits even if something cannot be killed."""
 AGENT_LEAVES_WITHIN = 1.0
@@ -58,7 +57,7 @@ class Phase(enum.Enum):
 
 
 class Warden:
-    """``agent_argv`` is the agent's command line, ``entry`` "module:function" for behaviours.
+    """``agent_argv`` is the agent's command line; the entries are those of :class:`Birth`.
 
     ``host_proc`` is an open /proc of the host's PID namespace, None if this process is in the same one.
     """
@@ -72,15 +71,18 @@ class Warden:
         launcher_pid: int,
         host_proc: int | None,
         entry: str = WORKER_ENTRY,
+        agent_entry: str = "",
     ) -> None:
         self._lifeline = line
         self._containment = containment
         self._launcher_pid = launcher_pid
         self._host_proc = host_proc
-        self._entry = entry
+        self._image = Image()
+        self._entries = tuple(filter(None, (entry, agent_entry)))
         marker = os.environ[WARDEN_VARIABLE]
         self._id = Marker.parse(marker).warden
-        birth = Birth(marker, entry, resource.getrlimit(resource.RLIMIT_NOFILE))
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        birth = Birth(marker, entry, limit, self._image, agent_entry)
         self._selector = selectors.DefaultSelector()
         self._agent = Agent(agent_argv, birth, self._selector, self._take)
         self._leases = Leases()
@@ -105,21 +107,13 @@ class Warden:
         _raise_file_limit()
         self._listen_to_signals()
         self._selector.register(self._lifeline.socket, selectors.EVENT_READ, self._launcher_spoke)
+        if problem := self._image.fill(*self._entries):
+            kernel.complain(f"warden: not everything could be imported: {problem}")
         self._agent.check(kernel.boottime())
-        self._warm_up()
         while not self._done():
             self._turn()
         with contextlib.suppress(LauncherSilent):
             self._lifeline.end(self._exit_code)
-
-    def _warm_up(self) -> None:
-        """Import what behaviours need once, so that their forks share it."""
-        try:
-            load(self._entry)
-        except (ImportError, AttributeError) as error:
-            kernel.complain(f"warden: no Python behaviours: {error}")
-        gc.collect()
-        gc.freeze()
 
     def _turn(self) -> None:
         planned = max(self._next_moment(), kernel.boottime())
@@ -357,7 +351,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def hold(argv: Sequence[str], agent_argv: Sequence[str], entry: str = WORKER_ENTRY) -> int:
+def hold(
+    argv: Sequence[str], agent_argv: Sequence[str], entry: str = WORKER_ENTRY, agent_entry: str = ""
+) -> int:
     """Be the warden of ``agent_argv``; ``argv`` comes from the launcher.  Returns the exit code."""
     options = parser().parse_args(argv)
     os.set_inheritable(options.lifeline, False)
@@ -372,9 +368,10 @@ def hold(argv: Sequence[str], agent_argv: Sequence[str], entry: str = WORKER_ENT
         launcher_pid=options.launcher,
         host_proc=options.host_proc,
         entry=entry,
+        agent_entry=agent_entry,
     ).run()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(hold(sys.argv[1:], (sys.executable, "-P", "-m", "node_agent")))
+    sys.exit(hold(sys.argv[1:], (sys.executable, "-P", "-m", "node_agent"), agent_entry=AGENT_ENTRY))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import os
 import pwd
 import resource
@@ -25,6 +24,7 @@ from typing import NoReturn
 
 from node_agent import kernel
 from node_agent.marker import WARDEN_VARIABLE, WORKER_VARIABLE
+from node_agent.preload import Image, load
 from node_agent.protocol import Start
 
 _PASSED_ON = ("LANG", "TZ")
@@ -46,13 +46,16 @@ class Forked:
 class Birth:
     """What every child of this warden is born with.
 
-    ``entry`` is "module:function", called with the :class:`Start` of a behaviour.  ``open_files`` is their
-    limit, whatever the warden has raised its own to.
+    ``entry`` is "module:function", called with the :class:`Start` of a behaviour, ``agent_entry`` what is
+    called for an agent that can be forked from ``image``; without it, or when the image is old, the agent is
+    executed.  ``open_files`` is their limit, whatever the warden has raised its own to.
     """
 
     marker: str
     entry: str
     open_files: tuple[int, int]
+    image: Image
+    agent_entry: str = ""
 
     def worker(self, start: Start) -> Forked:
         """Fork a worker.  Raises OSError if there can be no process or pipe."""
@@ -82,8 +85,14 @@ class Birth:
         if os.geteuid():
             kernel.drop_capabilities()
         _tie_to(parent)
-        environment = {key: value for key, value in os.environ.items() if key != WORKER_VARIABLE}
-        _execute(argv, environment)
+        os.environ.pop(WORKER_VARIABLE, None)
+        if self.agent_entry and self.image.is_current():
+            kernel.rename_process("pgherd: agent")
+            for signum in _IGNORED_BY_PYTHON:
+                signal.signal(signum, signal.SIG_IGN)
+            sys.argv = ["pgherd-agent", *argv[argv.index("node_agent") + 1 :]]
+            _live(load(self.agent_entry))
+        _execute(argv, os.environ)
 
     def _become_worker(self, start: Start, parent: int, output: int, errors: int) -> NoReturn:
         null = os.open(os.devnull, os.O_RDONLY)
@@ -138,11 +147,12 @@ class Birth:
         _live(run, start)
 
 
-def _live(run: Callable[[Start], object], start: Start) -> NoReturn:
-    """Run a behaviour; it is the whole process, and its errors go to its output like those of a command."""
+def _live(run: Callable[..., object], *arguments: object) -> NoReturn:
+    """Run a behaviour, or the agent; it is the whole process, and its errors go to its output."""
     code = 0
     try:
-        run(start)
+        answer = run(*arguments)
+        code = answer if isinstance(answer, int) else 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - it must not unwind into the warden's loop
@@ -153,13 +163,6 @@ def _live(run: Callable[[Start], object], start: Start) -> NoReturn:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
-
-
-def load(entry: str) -> Callable[[Start], object]:
-    """Return the function that "module:function" names.  Raises ImportError or AttributeError."""
-    module, _, function = entry.partition(":")
-    found: Callable[[Start], object] = getattr(importlib.import_module(module), function)
-    return found
 
 
 def _pipe(opened: contextlib.ExitStack) -> tuple[int, int]:
