@@ -219,9 +219,9 @@ class Child:
         """Its process says why it is about to exit."""
         self._inbox.put_nowait(_Crashed(worker, why))
 
-    def detached(self, worker: str) -> None:
-        """The connection of its process ended; the process itself may live."""
-        if self.attachment is not None and self.attachment.worker == worker:
+    def detached(self, attachment: Attachment | None) -> None:
+        """A connection of its process ended; the process may live, and may have another one already."""
+        if self.attachment is attachment:
             self.attachment = None
 
     # The life itself.

@@ -99,8 +99,10 @@ class _Connection:
 
     def __init__(self, child: Child, worker: str) -> None:
         self._child, self._worker = child, worker
+        self._attachment: Attachment | None = None
 
     def on_attached(self, attachment: Attachment) -> None:
+        self._attachment = attachment
         self._child.attached(attachment)
 
     def on_ready(self) -> None:
@@ -113,7 +115,7 @@ class _Connection:
         """Nobody waits for it: its caller was told that the outcome is unknown."""
 
     def on_closed(self, why: str) -> None:
-        self._child.detached(self._worker)
+        self._child.detached(self._attachment)
 
 
 def _untrusted(name: str) -> Fenced:

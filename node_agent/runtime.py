@@ -34,6 +34,7 @@ from node_agent.behaviours.server import Context, Reject, Server
 from node_agent.intake import Intake
 from node_agent.mailbox import Mailbox, Message, Put, Results
 from node_agent.protocol import Start
+from node_agent.restarts import SUPERSEDED_CODE
 from node_agent.stalls import Stalls
 from node_agent.uplink import Uplink
 from registry.clock import SYSTEM_CLOCK, Boottime
@@ -53,8 +54,7 @@ if TYPE_CHECKING:
 
 EXIT_STOPPED = 0
 EXIT_CRASHED = 1
-EXIT_SUPERSEDED = 75
-"""A newer owner of the name exists: starting the process again here would be wrong (EX_TEMPFAIL)."""
+EXIT_SUPERSEDED = SUPERSEDED_CODE
 
 FAREWELL = 1.0
 """Seconds to tell the agent the last things before the process exits."""
