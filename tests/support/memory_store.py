@@ -232,6 +232,10 @@ class MemoryStore:
         """Let the next writing transactions end in StoreAmbiguous, one for each fate."""
         self._lost_replies.extend(fates)
 
+    def is_alive(self, lease: LeaseId) -> bool:
+        """Return whether a lease has been granted and has not ended."""
+        return lease in self._leases
+
     def deliver_delayed(self) -> list[TxnResult]:
         """Run the transactions that were to be done later, in order; return what they did."""
         delayed, self._delayed = self._delayed, []

@@ -376,6 +376,20 @@ class TestLostReplies:
         assert kv is not None
         assert decode_status("sweeper", kv).state is WorkerState.READY
 
+    async def test_a_release_that_arrives_late_spares_the_next_owner(
+        self, alpha: Node, beta: Node, store: MemoryStore
+    ) -> None:
+        first = await alpha.claimed("sweeper")
+        store.lose_reply(LostReply.LATER)
+        with pytest.raises(StoreAmbiguous):
+            await alpha.names.release("sweeper", first.epoch, "gave up")
+        store.end_lease(alpha.lease)
+        second = await beta.claimed("sweeper")
+        store.deliver_delayed()
+        owner = await beta.names.read_owner("sweeper")
+        assert owner is not None
+        assert owner.epoch == second.epoch
+
 
 class TestReleases:
     async def test_a_release_frees_the_name_and_says_why(self, alpha: Node, store: MemoryStore) -> None:
@@ -514,6 +528,15 @@ class TestStatuses:
         result = await alpha.names.put_status(alpha.status("sweeper", first.epoch), alpha.lease)
         assert isinstance(result, NotOwner)
         assert await store.get(PREFIX + "status/sweeper") is None
+
+    async def test_an_earlier_epoch_of_the_same_node_is_not_the_owner(self, alpha: Node) -> None:
+        first = await alpha.claimed("sweeper", claim="one")
+        await alpha.names.release("sweeper", first.epoch, "x")
+        second = await alpha.claimed("sweeper", claim="two")
+        result = await alpha.names.put_status(alpha.status("sweeper", first.epoch), alpha.lease)
+        assert isinstance(result, NotOwner)
+        assert result.owner is not None
+        assert result.owner.epoch == second.epoch
 
     async def test_the_right_epoch_under_another_lease_is_not_the_owner(
         self, alpha: Node, beta: Node
