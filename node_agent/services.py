@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -23,7 +24,7 @@ from registry.errors import HerdError, Invalid, NoOwner, NoSuchName, Unreachable
 from registry.names import did_you_mean, validate
 from registry.ownership import WorkerState
 from registry.peers import Peers
-from registry.specs import Desired, Specs, What
+from registry.specs import Desired, SpecResult, Specs, What
 from registry.store import Store
 from registry.v1 import cluster_pb2, cluster_pb2_grpc, supervision_pb2, supervision_pb2_grpc
 
@@ -34,6 +35,8 @@ RELAYED = "pgherd-relayed"
 """Metadata that marks a request which another agent has passed on: it is never passed on again."""
 FORWARD_TIMEOUT = 5.0
 """Seconds for another agent to answer."""
+READ_BACK = 2.0
+"""Seconds for a written spec to come back in the copy of the registry."""
 LOG_TAIL = 1 << 20
 """Bytes of output that a warden keeps of a child."""
 
@@ -122,7 +125,26 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
             response.applied.add(name=spec.name, what=what)
             if result.what is not What.UNCHANGED:
                 self._emit(events.SpecChanged(name=spec.name, what=result.what.value, who=who))
+                await self._read_back(result)
         return response
+
+    async def _read_back(self, result: SpecResult) -> None:
+        """Wait a moment until this agent knows what it has written: `apply` is often followed by `wait`."""
+        directory, written = self._view.directory, result.spec
+        changed = asyncio.Event()
+        unsubscribe = directory.subscribe(lambda change: changed.set())
+        try:
+            # When that takes longer, the copy is behind and says so itself.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(READ_BACK):
+                    while written is not None and (
+                        (known := directory.specs.get(result.name)) is None
+                        or known.mod_revision < written.mod_revision
+                    ):
+                        await changed.wait()
+                        changed.clear()
+        finally:
+            unsubscribe()
 
     async def Delete(self, request: supervision_pb2.NameRequest, context: Context) -> supervision_pb2.Done:
         return await self._delete(request.name, _who(context, request.who))
@@ -151,6 +173,7 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
         if result.what is What.UNCHANGED:
             return supervision_pb2.Done(what=f"{name}: should be {desired.value} already")
         self._emit(events.SpecChanged(name=name, what=f"desired {desired.value}", who=who))
+        await self._read_back(result)
         return supervision_pb2.Done(what=f"{name}: should be {desired.value} now")
 
     def _undeclared(self, name: str) -> HerdError:

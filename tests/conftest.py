@@ -11,6 +11,7 @@ pytest_plugins = [
     "tests.support.loops",
     "tests.support.postgres",
     "tests.support.canned_agent",
+    "tests.support.command_line",
     "tests.support.servers",
     "tests.support.worker",
 ]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import TypeGuard
 
 import click
 
-from registry.cli.agent import asking_user, connect
+from registry.cli.agent import Agent, asking_user, connect
 from registry.cli.invocation import Command, Invocation, pass_invocation
-from registry.cli.output import as_plain, print_done, print_json, print_table, span, styled, token
+from registry.cli.output import as_plain, print_json, print_table, span, styled, token
+from registry.clock import SYSTEM_CLOCK
+from registry.units import format_duration
 from registry.v1.supervision_pb2 import Child, ChildrenRequest, ChildrenResponse, LogsRequest, RestartRequest
+
+_RESTART_SECONDS = 30.0
+_POLL_SECONDS = 0.02
 
 
 def _children(invocation: Invocation, host: str) -> ChildrenResponse:
@@ -92,9 +99,12 @@ def logs(invocation: Invocation, name: str, follow: bool, lines: int) -> None:
     """Print what a worker wrote: its last 1 MiB, also after a crash."""
     with connect(invocation) as agent:
         request = LogsRequest(name=name, follow=follow, lines=lines)
+        # What comes before the last lines was not asked for.
+        missing = "" if lines else "earlier bytes are not kept any more"
         for chunk in agent.follow(agent.supervision.Logs, request):
-            if chunk.dropped:
-                click.echo(f"pgherd: {chunk.dropped} bytes dropped here: nobody read them in time", err=True)
+            if chunk.dropped and missing:
+                click.echo(f"pgherd: {chunk.dropped} {missing}", err=True)
+            missing = "bytes are missing here: they came faster than they were read"
             if invocation.json:
                 print_json(as_plain(chunk), indent=None)
             else:
@@ -106,8 +116,37 @@ def logs(invocation: Invocation, name: str, follow: bool, lines: int) -> None:
 @click.argument("name")
 @pass_invocation
 def restart(invocation: Invocation, name: str) -> None:
-    """Stop a worker's process and start it again on the same host, with the same epoch."""
+    """Stop a worker's process and start it again on the same host.
+
+    Its epoch stays the same.  Returns when it is ready; exit code 1 after --timeout (30s).
+    """
+    seconds = invocation.seconds(_RESTART_SECONDS)
+    begin = SYSTEM_CLOCK.now()
     with connect(invocation) as agent:
+        before = _process(agent, name)
         request = RestartRequest(name=name, who=asking_user())
-        done = agent.ask(agent.supervision.Restart, request, changes=True)
-    print_done(invocation, done)
+        agent.ask(agent.supervision.Restart, request, changes=True)
+        while not _is_next(child := _process(agent, name), before):
+            if SYSTEM_CLOCK.now() > begin + seconds:
+                state = child.state if child else "gone"
+                raise click.ClickException(
+                    f"{name} is {state}, not ready {format_duration(seconds)} after its restart\n"
+                    f"hint: pgherd why {name}"
+                )
+            time.sleep(_POLL_SECONDS)
+    if invocation.json:
+        print_json(as_plain(child))
+        return
+    took = (SYSTEM_CLOCK.now() - begin) * 1000
+    click.echo(f"{name} restarted on {child.host} in {took:.0f} ms: pid {child.pid}, start {child.start}")
+
+
+def _process(agent: Agent, name: str) -> Child | None:
+    """Find a child by its global name, or by its id on the asked host."""
+    children = agent.ask(agent.supervision.Children, ChildrenRequest()).children
+    return next((child for child in children if name in (child.name, child.child) and child.pid), None)
+
+
+def _is_next(child: Child | None, before: Child | None) -> TypeGuard[Child]:
+    """Tell whether this is a ready process, and another one than before."""
+    return child is not None and child.state == "ready" and (before is None or child.pid != before.pid)
