@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 
 from registry import security
 from registry.cli.invocation import CONFIG, CONFIG_VARIABLE, Invocation
-from registry.errors import HerdError, Unreachable
+from registry.errors import HerdError, UnknownOutcome, Unreachable
 from registry.find_agent import find_agent
 from registry.units import format_duration
 from registry.v1.cluster_pb2_grpc import ClusterStub
@@ -102,9 +102,14 @@ def asking_user() -> str:
 
 def _meaning(error: grpc.aio.AioRpcError, *, changes: bool, seconds: float) -> HerdError:
     meant = error_of_rpc(error, read_only=not changes)
-    if isinstance(meant, Unreachable) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return NoAnswer(f"the agent did not answer within {format_duration(seconds)}", hint="pgherd doctor")
-    return meant
+    if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+        return meant
+    limit = format_duration(seconds)
+    if changes:
+        return UnknownOutcome(
+            f"no answer within {limit}", hint="--timeout waits longer; look before you repeat it"
+        )
+    return NoAnswer(f"the agent did not answer within {limit}", hint="pgherd doctor")
 
 
 @contextmanager

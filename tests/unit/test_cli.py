@@ -169,6 +169,7 @@ def test_an_answer_that_does_not_come_is_bounded(run: CommandLine, tmp_path: Pat
         assert run("--agent", str(tmp_path / "agent.sock"), "--timeout", "50ms", "names") == 4
         assert "did not answer within 50ms" in run.errors
         assert run("--agent", str(tmp_path / "agent.sock"), "--timeout", "50ms", "call", "a", "b") == 3
+        assert "no answer within 50ms (UNKNOWN_OUTCOME; unknown: it may have been executed)" in run.errors
 
 
 @pytest.mark.parametrize(
