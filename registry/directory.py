@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 from registry.clock import Boottime, Clock
 from registry.errors import StoreError
@@ -197,8 +197,8 @@ class Directory:
         except StoreError as error:
             raise _StartOver(_text(error)) from error
         finally:
-            if isinstance(watch, AsyncGenerator):
-                await watch.aclose()
+            if (close := getattr(watch, "aclose", None)) is not None:
+                await close()
         raise _StartOver("the watch ended")
 
     def _caught_up(self, batch: WatchBatch) -> bool:

@@ -122,6 +122,8 @@ class NamesMachine(RuleBasedStateMachine):
                 self.run(self.store.keepalive(each.lease, timeout=1.0))
             case "loses its lease":  # as a stale leader of etcd might end it
                 self.store.end_lease(each.lease)
+            case _:
+                pass
 
     def join(self, each: Host) -> None:
         """A new life of the host: a new node under a new lease; what it believed is void."""
