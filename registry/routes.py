@@ -26,6 +26,8 @@ from registry.v1 import names_pb2, names_pb2_grpc
 
 AVOID = 1.0
 """Seconds in which an agent that could not be reached is not tried directly again."""
+KEEP = 0.5
+"""Seconds that a route is kept at least, whatever the answers say: home may not know better yet."""
 DETOUR = 10.0
 """Seconds until a route through home is sought anew."""
 RESOLVE_TIMEOUT = 1.0
@@ -52,6 +54,7 @@ class _Route:
 
     link: Link | None = None
     epoch: int = 0
+    found_at: Boottime = 0.0
     until: Boottime = NEVER
     unanswered: int = 0
     is_sought: bool = False
@@ -78,7 +81,7 @@ class _Sent:
         route.unanswered -= 1
         if frame.epoch != route.epoch:
             # Somebody else answered than we thought, or nobody did: ask again where the name is.
-            route.until = 0.0
+            route.until = route.found_at + KEEP
         if not self.answer.done():
             self.answer.set_result(frame)
 
@@ -185,13 +188,13 @@ class Routes:
         """Return the link to the owner's agent, or home's; raises Unreachable when there is neither."""
         home = await self._open_home()
         owner = await self._resolve(name)
-        route.epoch, route.until = owner.epoch, NEVER
+        route.epoch, route.found_at, route.until = owner.epoch, self._clock.now(), NEVER
         if not owner.node or owner.node == home.node:
             return home
         try:
             return await self._open(self._agent(owner.address))
         except HerdError:
-            route.until = self._clock.now() + DETOUR
+            route.until = route.found_at + DETOUR
             return home
 
     async def _resolve(self, name: str) -> names_pb2.Name:
