@@ -1,0 +1,313 @@
+"""One test's view of a cluster: specs, calls that are written down, and what is checked in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from registry.client import Client, Whereabouts
+from registry.clock import SYSTEM_CLOCK
+from registry.errors import DaemonError, HerdError, NoSuchName, Refused
+from registry.v1 import cluster_pb2, cluster_pb2_grpc, supervision_pb2, supervision_pb2_grpc
+from tests.cluster.checker import Violation, check
+from tests.cluster.history import NOBODY, Call, Commit, History, Life, Token
+from tests.cluster.nemesis import Nemesis
+from tests.cluster.observer import Observer
+from tests.support.hosts import TTL, Cluster, Host, eventually
+from tests.support.proxy import Mode
+
+FAILOVER = TTL + 3.0
+"""Seconds in which a name answers again after its host died: its lease, a claim, a start."""
+RESTART = 3.0
+"""Seconds in which a name answers again after its process died."""
+_DAEMONS = Path(__file__).with_name("daemons")
+_ROOT = _DAEMONS.parents[2]
+_PYTHON = sys.executable
+_numbers = itertools.count(1)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)
+
+
+class Herd:
+    """A running cluster, used by one test; names made by :meth:`name` are its own."""
+
+    def __init__(self, cluster: Cluster, observer: Observer) -> None:
+        self.cluster, self.observer = cluster, observer
+        self.hosts = cluster.hosts
+        self.nemesis = Nemesis()
+        self.calls: list[Call] = []
+        self._clients: dict[str, Client] = {}
+        self._open = AsyncExitStack()
+        self._test = next(_numbers)
+
+    # Specs.
+
+    def name(self, word: str) -> str:
+        """Return a name no other test has."""
+        return f"t{self._test}-{word}"
+
+    def ledger(
+        self, name: str, *, prefer: Sequence[str] = (), args: dict[str, str] | None = None, **keys: object
+    ) -> str:
+        """Return the spec of a Ledger."""
+        run: dict[str, object] = {
+            "behaviour": "tests.cluster.daemons.ledger:Ledger",
+            "path": [str(_ROOT)],
+            "args": {"observer": str(self.observer.path), **(args or {})},
+        }
+        return self._spec(name, run, prefer, {**keys, **({"fence": ["app"]} if keys.get("fence") else {})})
+
+    def command(self, name: str, *options: str, prefer: Sequence[str] = (), **keys: object) -> str:
+        """Return the spec of a plain command with these options."""
+        script = str(_DAEMONS / "command.py")
+        argv = [_PYTHON, "-IS", script, str(self.observer.path), "${host}", *options]
+        return self._spec(name, {"command": argv}, prefer, keys)
+
+    def _spec(self, name: str, run: dict[str, object], prefer: Sequence[str], keys: dict[str, object]) -> str:
+        placement = dict(keys.pop("placement", {}))  # type: ignore[call-overload]
+        if prefer:
+            placement["prefer"] = list(prefer)
+        stops = keys.pop("stop", [])
+        table = {
+            "id": name,
+            "name": name,
+            "run": run,
+            **keys,
+            **({"placement": placement} if placement else {}),
+        }
+        lines = [
+            "[[child]]",
+            *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None),
+        ]
+        for stop in stops:  # type: ignore[attr-defined]
+            lines += ["[[child.stop]]", *(f"{key} = {_toml(value)}" for key, value in stop.items())]
+        return "\n".join(lines) + "\n"
+
+    async def apply(self, *specs: str, via: str = "") -> None:
+        """Put specs into the cluster, all in one file."""
+        request = supervision_pb2.ApplyRequest(
+            toml="schema = 1\n" + "".join(specs), source="test", who="test"
+        )
+        client = await self.client(via)
+        await client.rpc(supervision_pb2_grpc.SupervisionStub(client.channel).Apply, request, timeout=20.0)
+
+    async def wish(self, what: str, name: str, via: str = "") -> None:
+        """Start, Stop, Delete or Restart a name."""
+        client = await self.client(via)
+        stub = supervision_pb2_grpc.SupervisionStub(client.channel)
+        make = supervision_pb2.RestartRequest if what == "Restart" else supervision_pb2.NameRequest
+        await client.rpc(getattr(stub, what), make(name=name, who="test"), timeout=10.0)
+
+    # Asking.
+
+    async def client(self, host: str = "") -> Client:
+        """Return a client of that host's agent, by default of the first whose launcher runs."""
+        chosen = host or next(name for name, each in self.hosts.items() if each.running)
+        if chosen not in self._clients:
+            client = Client(self.hosts[chosen].address)
+            await self._open.enter_async_context(client)
+            self._clients[chosen] = client
+        return self._clients[chosen]
+
+    async def why(self, name: str, via: str = "") -> str:
+        """Return what an agent says about a name, as one text."""
+        client = await self.client(via)
+        answer = await client.rpc(
+            cluster_pb2_grpc.ClusterStub(client.channel).Why, cluster_pb2.WhyRequest(name=name)
+        )
+        return "\n".join([answer.caveat, *(line.what for line in answer.lines)])
+
+    async def whereis(self, name: str, via: str = "") -> Whereabouts:
+        return await (await self.client(via)).whereis(name)
+
+    async def children(self, host: str) -> list[supervision_pb2.Child]:
+        """Return the children of one host, as its agent tells."""
+        client = await self.client(host)
+        stub = supervision_pb2_grpc.SupervisionStub(client.channel)
+        answer = await client.rpc(stub.Children, supervision_pb2.ChildrenRequest(host=host))
+        return list(answer.children)
+
+    async def call(self, name: str, method: str = "add", *, via: str = "", timeout: float = 2.0) -> Call:
+        """Make one request and write down how it ended."""
+        kind = "cast" if method == "note" else "call"
+        number = len(self.calls)
+        asked = Call(f"{name}#{number}", name, kind, SYSTEM_CLOCK.now())
+        self.calls.append(asked)
+        try:
+            client = await self.client(via)
+            ask = client.cast if kind == "cast" else client.ask
+            answer = await ask(name, method, {"op": asked.op}, timeout=timeout)
+        except DaemonError as error:
+            done = replace(asked, outcome="reply", error=str(error))
+        except Refused as error:
+            done = replace(asked, outcome="refused", error=f"{error.reason}: {error}")
+        except HerdError as error:
+            done = replace(asked, outcome="unknown", error=f"{error.reason}: {error}")
+        else:
+            done = replace(asked, outcome="reply", token=Token(answer.epoch, answer.start))
+        done = self.calls[number] = replace(done, finished=SYSTEM_CLOCK.now())
+        return done
+
+    async def answers(
+        self, name: str, *, within: float, above: Token = NOBODY, via: str = "", method: str = "add"
+    ) -> Life:
+        """Call until a process with a token above that one replies; return its life.
+
+        Fails when that takes longer than ``within`` seconds.
+        """
+        until = SYSTEM_CLOCK.now() + within
+        last: Call | None = None
+        while (left := until - SYSTEM_CLOCK.now()) > 0:
+            last = await self.call(name, method, via=via, timeout=min(left, 2.0))
+            if last.token is not None and last.token > above:
+                return next(
+                    life for life in self.observer.lives if (life.name, life.token) == (name, last.token)
+                )
+            if last.token is None:
+                await asyncio.sleep(0.02)
+        raise AssertionError(
+            f"{name} did not answer within {within:g} s: {last}\n{await self.why(name, via=via)}\n"
+            + "\n".join(map(str, self.observer.lives))
+        )
+
+    async def up(self, *specs: str, names: Sequence[str]) -> list[Life]:
+        """Apply specs, and wait until each of these names has a process; return those."""
+        await self.apply(*specs)
+        return [await self.runs(name) for name in names]
+
+    async def runs(self, name: str, *, above: Token = NOBODY, within: float = 10.0) -> Life:
+        """Wait until a process with a token above that one runs under the name."""
+        found: list[Life] = []
+
+        def is_there() -> bool:
+            found[:] = [life for life in self.observer.alive(name) if life.token > above]
+            return bool(found)
+
+        try:
+            await eventually(is_there, within, f"{name} runs above {above}")
+        except AssertionError as late:
+            raise AssertionError(f"{late}\n{await self.why(name)}") from None
+        return found[0]
+
+    async def ended(self, life: Life, within: float) -> Life:
+        """Wait until a process is dead; return its life as it was."""
+        await eventually(
+            lambda: life.pid not in {one.pid for one in self.observer.alive()}, within, f"{life} ends"
+        )
+        return next(one for one in self.observer.lives if (one.name, one.token) == (life.name, life.token))
+
+    @asynccontextmanager
+    async def traffic(
+        self,
+        names: Sequence[str],
+        *,
+        methods: Sequence[str] = ("add", "note"),
+        vias: Sequence[str] = ("",),
+        callers: int = 4,
+    ) -> AsyncIterator[None]:
+        """Call all the time, from several callers; whatever comes of it is for the checker."""
+
+        async def one(number: int) -> None:
+            rolled = random.Random(number)
+            while True:
+                done = await self.call(
+                    rolled.choice(list(names)), rolled.choice(list(methods)), via=rolled.choice(list(vias))
+                )
+                await asyncio.sleep(0.05 if done.outcome == "refused" else 0.01)
+
+        tasks = [asyncio.create_task(one(number)) for number in range(callers)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            for ended in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    raise ended
+
+    # Hosts.
+
+    async def pids(self, host: Host) -> dict[str, int]:
+        """Return the pids of launcher, warden and agent."""
+        status = await host.wait_status(lambda status: bool(status.pids), 10.0)
+        return dict(status.pids)
+
+    def owner(self, life: Life) -> Host:
+        return self.hosts[life.host]
+
+    def others(self, host: Host) -> list[str]:
+        return [name for name in self.hosts if name != host.name]
+
+    # The end of a test.
+
+    async def ready(self) -> None:
+        """Start what does not run, and wait until all hosts are members."""
+        for host in self.hosts.values():
+            if not host.running:
+                host.start()
+        await asyncio.gather(*(host.ready() for host in self.hosts.values()))
+
+    async def heal(self) -> None:
+        """Undo every fault, remove every spec, and wait until nothing runs any more."""
+        self.nemesis.resume_all()
+        for member in self.cluster.etcd.members:
+            assert member.process is not None
+            member.resume()
+            if member.process.poll() is not None:
+                member.start(self.cluster.etcd.initial, self.cluster.etcd.options)
+        await asyncio.to_thread(self.cluster.etcd.wait_healthy)
+        for host in self.hosts.values():
+            self.cluster.network(host, Mode.PASS)
+        if self.cluster.postgres is not None and not self.cluster.postgres.running:
+            await self.cluster.postgres.start()
+        await self.ready()
+        client = await self.client()
+        supervision = supervision_pb2_grpc.SupervisionStub(client.channel)
+        answer = await client.rpc(supervision.Specs, supervision_pb2.SpecsRequest())
+        for spec in answer.specs:
+            try:
+                await self.wish("Delete", spec.name)
+            except NoSuchName:
+                continue
+        await eventually(lambda: not self.observer.alive(), 20.0, f"all end: {self.observer.alive()}")
+        await self._nothing_owned(client)
+
+    async def _nothing_owned(self, client: Client) -> None:
+        async with asyncio.timeout(10.0):
+            while any(name.epoch for name in await client.names()):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        await self._open.aclose()
+
+    def history(self) -> History:
+        """Return what is known now."""
+        lives = tuple(replace(life, pauses=self.nemesis.pauses.of(life.pid)) for life in self.observer.lives)
+        return History(lives, tuple(self.calls), self.observer.effects, self._commits())
+
+    def _commits(self) -> tuple[Commit, ...]:
+        if self.cluster.postgres is None:
+            return ()
+        rows = self.cluster.sql(
+            "select op, name, epoch, start, extract(epoch from pg_xact_commit_timestamp(xmin)) from ledger"
+        )
+        return tuple(
+            Commit(str(op), str(name), Token(int(str(epoch)), int(str(start))), float(str(at)))
+            for op, name, epoch, start, at in rows
+            if str(name).startswith(f"t{self._test}-")
+        )
+
+    def violations(self) -> list[Violation]:
+        """Return every promise that was broken up to now."""
+        return check(self.history())
