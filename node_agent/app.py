@@ -34,6 +34,7 @@ from registry import events, security
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.config import AgentConfig
 from registry.directory import Directory
+from registry.errors import Denied
 from registry.etcd import EtcdStore
 from registry.names import Names
 from registry.nodes import NodeRecord, Nodes, NodeState
@@ -351,5 +352,8 @@ async def run(config: AgentConfig, control_fd: int) -> int:
     except* Restored as restored:
         # Every connection to etcd that saw the lost history is of no use: the warden starts a new process.
         agent.log(events.EtcdRestored(reason=str(restored.exceptions[0])))
+        code = 1
+    except* (OSError, Denied) as failed:
+        agent.log(events.AgentFailed(host=config.host, why="; ".join(map(str, failed.exceptions))))
         code = 1
     return code

@@ -215,7 +215,9 @@ class Membership:
             except StoreError as error:
                 self._told(f"etcd: {error}")
             except HerdError as error:
-                self._told(error.message)
+                if self.problem != error.message:
+                    self._emit(events.JoinRefused(why=error.message, hint=error.hint))
+                self.problem = error.message
             else:
                 self._told("")
                 return

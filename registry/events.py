@@ -83,6 +83,14 @@ class AgentStarted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AgentFailed(Event):
+    level = logging.ERROR
+    text = "agent on {host} cannot go on, the warden will start another: {why}"
+    host: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentStopping(Event):
     text = "agent on {host} stops ({mode})"
     host: str
@@ -122,6 +130,14 @@ class SessionLost(Event):
     text = "node {node} lost its lease: {reason}"
     node: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinRefused(Event):
+    level = logging.ERROR
+    text = "cannot join the cluster: {why}; {hint}"
+    why: str
+    hint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
