@@ -18,7 +18,7 @@ from registry.errors import (
     StoreUnavailable,
 )
 from registry.etcd import EtcdStore
-from registry.store import Get, Put, Revision, absent
+from registry.store import Put, Revision, absent
 from tests.support.etcd import Etcd, Shared, free_port, running
 from tests.support.watching import events, keys, sign_of_life, watching
 
@@ -71,23 +71,21 @@ async def test_a_hanging_member_is_left_after_one_attempt(etcd_cluster: Etcd) ->
         await put(store, "/a")
         etcd_cluster.member(endpoints[0]).pause()
 
-        with within(2.0):
-            assert await store.get("/a") is not None
-        with within(0.5):
-            assert await store.get("/a") is not None
+        with within(3.0):  # asking it each time would take at least 10 x 0.6 s
+            for _ in range(10):
+                assert await store.get("/a") is not None
 
 
 async def test_a_write_at_a_hanging_member_may_have_happened(etcd_cluster: Etcd) -> None:
-    endpoints = followers_first(etcd_cluster)
-    async with connected(*endpoints) as store:
+    first, *others = followers_first(etcd_cluster)
+    async with connected(first) as store, connected(*others) as witness:
         await put(store, "/a")
-        etcd_cluster.member(endpoints[0]).pause()
+        etcd_cluster.member(first).pause()
 
         with pytest.raises(StoreAmbiguous):
-            await store.txn([absent("/b")], [Put("/b", b"mine")], [Get("/b")])
-        again = await store.txn([absent("/b")], [Put("/b", b"mine")], [Get("/b")])
+            await store.txn([absent("/b")], [Put("/b", b"mine")])
 
-        assert again.succeeded or [kv.value for kv in again.kvs(0)] == [b"mine"]
+        assert await witness.get("/b") is None
 
 
 async def test_a_write_to_a_member_that_is_not_there_surely_did_not_happen(etcd: Shared) -> None:
@@ -102,7 +100,7 @@ async def test_a_write_to_a_member_that_is_not_there_surely_did_not_happen(etcd:
 
 async def test_nobody_there_is_unavailable_in_time(etcd: Shared) -> None:
     async with connected(f"http://127.0.0.1:{free_port()}") as store:
-        with within(2.0), pytest.raises(StoreUnavailable, match="failed to connect"):
+        with within(2.0), pytest.raises(StoreUnavailable):
             await store.txn([], [Put("/a", b"")], timeout=1.0)
 
 
@@ -300,7 +298,7 @@ async def test_a_member_that_lags_is_no_restore(etcd_cluster: Etcd) -> None:
 async def test_requests_that_etcd_never_takes_are_not_repeated(etcd: Shared) -> None:
     async with connected(*etcd.endpoints) as store:
         twice = [Put(f"{etcd.prefix}a", b""), Put(f"{etcd.prefix}a", b"")]
-        with within(0.5), pytest.raises(StoreError, match="duplicate key"):
+        with within(4.0), pytest.raises(StoreError, match="duplicate key"):
             await store.txn([], twice)
 
 

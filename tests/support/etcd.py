@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import secrets
 import shutil
@@ -52,6 +53,10 @@ def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Died(Exception):
+    """A member ended by itself; its log."""
 
 
 class Member:
@@ -106,11 +111,12 @@ class Member:
             )
 
     def healthy(self) -> bool:
-        """Return whether the member answers and has a leader."""
+        """Return whether the member answers and has a leader.  Raises Died."""
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError((self.directory / f"{self.name}.log").read_text()[-4000:])
+            raise Died((self.directory / f"{self.name}.log").read_text()[-4000:])
         with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.client_port), timeout=2).close()
             url = f"http://127.0.0.1:{self.metrics_port}/health"
             with urllib.request.urlopen(url, timeout=2) as answer:
                 return bool(json.load(answer)["health"] == "true")
@@ -127,7 +133,14 @@ class Member:
             self.process.wait()
 
     def pause(self) -> None:
+        """SIGSTOP, and wait until every thread has stopped: one may go on for a moment on the other core."""
         self.signal(signal.SIGSTOP)
+        eventually(self._stopped, _READY, f"etcd member {self.name} has stopped")
+
+    def _stopped(self) -> bool:
+        assert self.process is not None
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+        return all(thread.read_text().rpartition(") ")[2].startswith("T") for thread in threads)
 
     def resume(self) -> None:
         self.signal(signal.SIGCONT)
@@ -230,13 +243,26 @@ class Etcd:
 @contextlib.contextmanager
 def running(size: int = 1, *, tls: Tls | None = None, options: Sequence[str] = ()) -> Iterator[Etcd]:
     """Run a fresh cluster; paused members are killed like the others in the end."""
-    with tempfile.TemporaryDirectory(prefix="pgherd-etcd-") as directory:
-        etcd = Etcd(Path(directory), size, tls=tls, options=options)
+    with tempfile.TemporaryDirectory(prefix="pgherd-etcd-") as directory, contextlib.ExitStack() as stack:
+        yield _started(Path(directory), size, tls, options, stack)
+
+
+def _started(
+    directory: Path, size: int, tls: Tls | None, options: Sequence[str], stack: contextlib.ExitStack
+) -> Etcd:
+    for attempt in itertools.count():
+        place = directory / str(attempt)
+        place.mkdir()
+        etcd = Etcd(place, size, tls=tls, options=options)
+        stack.callback(etcd.stop)
         try:
             etcd.start()
-            yield etcd
-        finally:
-            etcd.stop()
+        except Died as died:
+            if "address already in use" not in str(died):  # somebody took a port that was free when asked
+                raise
+        else:
+            return etcd
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True, slots=True)
