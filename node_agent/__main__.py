@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from registry.config import ConfigInvalid, load
 
 def main() -> int:
     """Run the agent until it is told to stop; return its exit code."""
+    # gRPC's core writes lines of its own to stderr; what matters in them is said by our events.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     parser = argparse.ArgumentParser(prog="python -m node_agent", description=__doc__)
     parser.add_argument("-c", "--config", type=Path, required=True)
     parser.add_argument("--control-fd", type=int, required=True, help="the warden's socket")

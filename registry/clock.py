@@ -31,8 +31,8 @@ class SystemClock:
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     async def sleep_until(self, when: Boottime) -> None:
-        while (left := when - self.now()) > 0:
-            await asyncio.sleep(left)
+        # asyncio sleeps by the monotonic clock, which may be behind this one after a suspend, never ahead.
+        await asyncio.sleep(max(when - self.now(), 0.0))
 
 
 SYSTEM_CLOCK = SystemClock()

@@ -92,7 +92,7 @@ class Txn:
 
 
 Op: TypeAlias = Get | Put | Delete | Txn
-OpResult: TypeAlias = "tuple[KeyValue, ...] | None | int | TxnResult"
+OpResult: TypeAlias = "tuple[KeyValue, ...] | int | TxnResult | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ class MemberStatus:
 
 
 class Store(Protocol):
-    """etcd's API as far as pgherd uses it.  ``timeout`` is in seconds and bounds the whole call, retries included."""
+    """etcd's API as far as pgherd uses it.  ``timeout``: seconds for the whole call, retries included."""
 
     async def get(self, key: str, *, timeout: float = 5.0) -> KeyValue | None:
         """Read one key, linearizably.  Raises StoreUnavailable."""
@@ -176,7 +176,7 @@ class Store(Protocol):
         """Read a whole prefix as of one revision, in pages.  Raises StoreUnavailable."""
 
     async def fingerprint(self, prefix: str, *, timeout: float = 5.0) -> tuple[int, Revision]:
-        """Return (number of keys, highest mod_revision) of a prefix, linearizably: cheap to compare with a copy."""
+        """Return (number of keys, highest mod_revision) of a prefix, linearizably: to compare a copy with."""
 
     async def txn(
         self,
