@@ -5,7 +5,7 @@ It keeps revisions, versions, leases and the whole event history.  Both it and t
 
 Faults are switches: ``pause`` (a frozen member: calls hang to their timeout), ``go_away`` (calls fail at
 once), ``lose_reply`` (a write happens, does not, or happens later, and its reply is lost), ``compact``,
-``losing_events`` (watches miss what happens inside) and ``break_watches``.
+``losing_events`` (watches miss what happens inside), ``mute_watches`` and ``break_watches``.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class MemoryStore:
         self._unavailable = False
         self._closed = False
         self._losing_events = False
+        self._muted: set[_Waiter] = set()
         self._lost_replies: deque[LostReply] = deque()
         self._delayed: list[Txn] = []
         self._watch_errors: dict[_Waiter, StoreError] = {}
@@ -164,7 +165,7 @@ class MemoryStore:
                 if (error := self._watch_errors.pop(waiter, None)) is not None:
                     raise error
                 self.expire()
-                if not (self._paused or self._unavailable or self._closed):
+                if not (self._paused or self._unavailable or self._closed or waiter in self._muted):
                     with self._lock:
                         if start < self._compacted:
                             raise StoreCompacted(f"revision {start} is compacted", self._compacted)
@@ -255,6 +256,10 @@ class MemoryStore:
         with self._lock:
             self._compacted = self.revision if revision is None else revision
             self._history = [event for event in self._history if _revision(event) >= self._compacted]
+
+    def mute_watches(self) -> None:
+        """Let every running watch fall silent for ever, without an error."""
+        self._muted |= self._waiters
 
     def break_watches(self, error: StoreError) -> None:
         """Let every running watch raise ``error``."""

@@ -9,7 +9,7 @@ import pytest
 from registry import events
 from registry.directory import CHECK_EVERY, RELIST_EVERY, SETTLE, SILENCE, Change, Directory
 from registry.errors import StoreCompacted, StoreDenied
-from registry.names import Owner, Status, WorkerState, epoch_of
+from registry.names import Incarnation, Owner, Status, WorkerState, epoch_of
 from registry.nodes import HostRecord, NodeRecord, NodeState, encode_host, encode_node
 from registry.ownership import (
     PlacementRecord,
@@ -366,6 +366,26 @@ class TestTrouble:
                 lambda: directory.lookup("sweeper") is None and directory.in_sync, CHECK_EVERY + SETTLE + 2
             )
             assert "an event was lost" in scene.told(events.DirectoryLost)[0].describe()
+
+    async def test_a_watch_that_is_silent_although_etcd_answers_is_begun_again(self, scene: Scene) -> None:
+        async with scene.running() as directory:
+            scene.store.mute_watches()
+            await scene.until(lambda: not directory.in_sync)
+            await scene.until(lambda: directory.in_sync, 2 * CHECK_EVERY)
+            scene.own("sweeper")
+            await scene.until(lambda: directory.lookup("sweeper") is not None, 1)
+
+    async def test_pause_and_incarnation_come_and_go(self, scene: Scene) -> None:
+        async with scene.running() as directory:
+            incarnation = scene.store.put(f"{PREFIX}incarnation", b"2")
+            pause = scene.store.put(f"{PREFIX}control/pause", b"")
+            await scene.until(lambda: directory.pause_revision == pause)
+            assert directory.incarnation == Incarnation(2, incarnation)
+            scene.store.delete(f"{PREFIX}incarnation")
+            scene.store.delete(f"{PREFIX}control/pause")
+            await scene.until(lambda: directory.pause_revision == 0)
+            assert directory.incarnation == Incarnation()
+        assert [change.section for change in scene.changes] == ["incarnation", "pause"] * 2
 
     async def test_a_lost_event_outside_the_owners_is_found_by_reading_again(self, scene: Scene) -> None:
         async with scene.running() as directory:

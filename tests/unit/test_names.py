@@ -28,7 +28,13 @@ from registry.names import (
     validate,
     validate_part,
 )
-from registry.ownership import cluster_prefix, decode_incarnation, decode_placement, decode_status
+from registry.ownership import (
+    cluster_prefix,
+    decode_incarnation,
+    decode_placement,
+    decode_status,
+    encode_owner,
+)
 from registry.records import Malformed
 from registry.store import KeyValue, Put, Txn
 from tests.support.memory_store import LostReply, MemoryStore
@@ -472,6 +478,32 @@ class TestReleases:
         assert kv is not None
         assert decode_placement("sweeper", kv).penalties == {"alpha": 1, "beta": 5}
 
+    async def test_a_record_that_never_stops_changing_is_given_up(
+        self, alpha: Node, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        claimed = await alpha.claimed("sweeper")
+        plain = store.apply
+
+        def meddle(txn: Txn) -> object:
+            if txn.compare:
+                plain(Txn(then=(Put(PREFIX + "placement/sweeper", b"{}"),)))
+                plain(Txn(then=(Put(PREFIX + "status/sweeper", b"{}"),)))
+            return plain(txn)
+
+        monkeypatch.setattr(store, "apply", meddle)
+        with pytest.raises(StoreUnavailable, match="changed 16 times"):
+            await alpha.names.release("sweeper", claimed.epoch, "x")
+        with pytest.raises(StoreUnavailable, match="changed 16 times"):
+            await alpha.names.put_status(alpha.status("sweeper", claimed.epoch), alpha.lease)
+
+    async def test_an_owner_key_of_an_impossible_incarnation_is_unreadable(
+        self, alpha: Node, store: MemoryStore
+    ) -> None:
+        value = encode_owner(node="alpha-1", host="alpha", claim="c", incarnation=1 << 15)
+        store.put(PREFIX + "names/sweeper", value, alpha.lease)
+        assert await alpha.names.read_owner("sweeper") is None
+        assert await alpha.names.owned_by("alpha-1") == []
+
     async def test_an_unreadable_placement_record_is_replaced(self, alpha: Node, store: MemoryStore) -> None:
         store.put(PREFIX + "placement/sweeper", b"[]")
         claimed = await alpha.claimed("sweeper")
@@ -518,6 +550,16 @@ class TestStatuses:
             alpha.status("sweeper", claimed.epoch), alpha.lease, seen=first.mod_revision
         )
         assert store.calls == before + 1
+
+    async def test_not_knowing_the_revision_costs_one(self, alpha: Node, store: MemoryStore) -> None:
+        claimed = await alpha.claimed("sweeper")
+        await alpha.names.put_status(
+            alpha.status("sweeper", claimed.epoch, WorkerState.STARTING), alpha.lease
+        )
+        before = store.calls
+        written = await alpha.names.put_status(alpha.status("sweeper", claimed.epoch), alpha.lease)
+        assert written == Written(store.revision)
+        assert store.calls == before + 2
 
     async def test_an_ex_owner_writes_no_status(self, alpha: Node, beta: Node, store: MemoryStore) -> None:
         first = await alpha.claimed("sweeper")
