@@ -1,8 +1,9 @@
-"""Two real hosts (`pgherd run`: launcher, warden, agent) with etcd, and a daemon named "echo" on the second."""
+"""Two real hosts (launcher, warden, agent) with etcd, and a daemon named "echo" on the second."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -11,6 +12,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from node_agent.sandbox.process import Process, free_ports
 from node_agent.sandbox.servers import EtcdServers
@@ -46,7 +50,7 @@ prefer = ["beta"]
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """``home`` is the address of the agent that clients are told, ``owner`` that of the one with the daemon."""
+    """``home`` is the address of the agent that clients are told, ``owner`` that of the daemon's."""
 
     home: str
     owner: str
@@ -89,25 +93,22 @@ def _start(directory: Path, host: str, port: int, endpoint: str) -> Process:
     config = directory / "agent.toml"
     config.write_text(_CONFIG.format(host=host, directory=directory, endpoint=endpoint, port=port))
     argv = [sys.executable, "-P", "-m", "node_agent.launcher", "-c", str(config)]
-    return Process.spawn(argv, log=directory / "pgherd.log", directory=directory, environment=dict(os.environ))
+    return Process.spawn(
+        argv, log=directory / "pgherd.log", directory=directory, environment=dict(os.environ)
+    )
 
 
 async def _joined(address: str) -> None:
     """Wait until the agent answers and says that it may serve."""
     async with asyncio.timeout(START_TIMEOUT):
-        while True:
-            try:
-                async with Client(address) as client:
-                    if await _is_ready(client):
-                        return
-            except HerdError:
-                pass
+        while not await _is_ready(address):  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.05)
 
 
-async def _is_ready(client: Client) -> bool:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    stub = health_pb2_grpc.HealthStub(client.channel)
-    answer = await client.rpc(stub.Check, health_pb2.HealthCheckRequest(service="ready"))
-    return answer.status == health_pb2.HealthCheckResponse.SERVING
+async def _is_ready(address: str) -> bool:
+    with contextlib.suppress(HerdError):
+        async with Client(address) as client:
+            stub: Any = health_pb2_grpc.HealthStub(client.channel)
+            answer = await client.rpc(stub.Check, health_pb2.HealthCheckRequest(service="ready"))
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+    return False

@@ -21,6 +21,7 @@ from registry.errors import (
     Unreachable,
     WrongEpoch,
 )
+from registry.link import METHOD, Stream
 from registry.specs import Desired
 from registry.v1 import messages_pb2 as pb
 from registry.v1 import messages_pb2_grpc
@@ -311,7 +312,7 @@ async def test_garbage_ends_its_own_stream_only() -> None:
         alpha = await herd.agent("alpha")
         await herd.serve("echo", alpha)
         async with Client(alpha.address) as client, grpc.aio.insecure_channel(alpha.address) as channel:
-            stream = channel.stream_stream("/pgherd.v1.Messages/Link")()
+            stream: Stream = channel.stream_stream(METHOD)()
             await stream.write(b"\xff\xffgarbage")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stream.read()
@@ -372,7 +373,7 @@ async def test_peer_request_is_not_relayed_again() -> None:
             metadata = (("pgherd-role", "peer"), ("pgherd-node", "gamma-00000000"))
             stream = messages_pb2_grpc.MessagesStub(channel).Link(metadata=metadata)
             await stream.write(pb.Batch(frames=[pb.Frame(id=4, kind=pb.KIND_CALL, to="echo")]))
-            batch = await stream.read()
+            batch = await anext(aiter(stream))
             stream.cancel()
         assert batch.frames[0].error.reason == pb.REASON_WRONG_EPOCH
         assert batch.frames[0].error.details["owner"] == "beta"

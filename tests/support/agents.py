@@ -216,8 +216,7 @@ class Herd:
 
     async def settled(self) -> None:
         """Wait until every agent has seen the present revision of the registry."""
-        for agent in self.agents:
-            await until(lambda agent=agent: agent.directory.revision >= self.store.revision)
+        await until(lambda: all(agent.directory.revision >= self.store.revision for agent in self.agents))
 
     async def close(self) -> None:
         """Stop every agent."""
