@@ -7,7 +7,7 @@ A transaction that writes is repeated only while it surely was not executed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -16,7 +16,7 @@ from registry.clock import SYSTEM_CLOCK, Clock
 from registry.errors import LeaseNotFound, StoreCompacted, StoreError, StoreUnavailable
 from registry.etcd import wire
 from registry.etcd.members import Member, Members, Metadata, exchange, judge, unary
-from registry.etcd.watch import Watch
+from registry.etcd.watch import watch
 from registry.etcd.wire import Message, Stubs
 from registry.store import (
     Compare,
@@ -28,6 +28,7 @@ from registry.store import (
     Revision,
     Snapshot,
     TxnResult,
+    WatchBatch,
 )
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ class EtcdStore:
         except LeaseNotFound:
             return
 
-    def watch(self, prefix: str, start: Revision) -> Watch:
-        return Watch(self._members, prefix, start)
+    def watch(self, prefix: str, start: Revision) -> AsyncIterator[WatchBatch]:
+        return watch(self._members, prefix, start)
 
     async def members(self, *, timeout: float = 1.0) -> tuple[MemberStatus, ...]:
         try:

@@ -8,7 +8,7 @@ catches up (clients that resumed from it lost thousands), and so do progress not
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import TypeAlias
 
 import grpc
@@ -31,11 +31,18 @@ CHUNK = 1000
 _LOGINS = 2
 
 
-class Watch(AsyncIterator[WatchBatch]):
-    """The changes of a prefix from a revision on; end it with :meth:`aclose`.
+async def watch(members: Members, prefix: str, start: Revision) -> AsyncGenerator[WatchBatch, None]:
+    """Yield the changes of a prefix from a revision on; see :meth:`registry.store.Store.watch`."""
+    stream = _Stream(members, prefix, start)
+    try:
+        while True:
+            yield await stream.next()
+    finally:
+        await stream.close()
 
-    A cancelled ``anext()`` loses nothing: the next one resumes.
-    """
+
+class _Stream:
+    """One stream at a time, at the member that is current when it is opened."""
 
     def __init__(self, members: Members, prefix: str, start: Revision) -> None:
         self._members = members
@@ -50,27 +57,20 @@ class Watch(AsyncIterator[WatchBatch]):
         self._floor: Revision = 0
         self._failed = 0
         self._logins = 0
-        self._closed = False
 
-    async def __anext__(self) -> WatchBatch:
-        while not self._closed:
-            if self._given < len(self._events):
-                return self._batch()
+    async def next(self) -> WatchBatch:
+        """Return the next batch, however many members it takes."""
+        while self._given == len(self._events):
             try:
                 self._take(await self._open() if self._call is None else await self._receive(self._call))
             except Failed as ended:
                 await self._recover(ended.failure)
-            except BaseException:
-                self._drop()
-                raise
             else:
                 self._failed = self._logins = 0
-                return self._batch()
-        raise StopAsyncIteration
+                break
+        return self._batch()
 
-    async def aclose(self) -> None:
-        """End the watch; a second time is fine."""
-        self._closed = True
+    async def close(self) -> None:
         reading = self._reading
         self._drop()
         if reading is not None:

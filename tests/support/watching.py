@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Protocol, cast
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 from registry.store import Changed, Deleted, Revision, Store, WatchBatch
-
-
-class _Closable(Protocol):
-    async def aclose(self) -> None: ...
 
 
 @asynccontextmanager
 async def watching(store: Store, prefix: str, start: Revision) -> AsyncIterator[AsyncIterator[WatchBatch]]:
     """Watch for the duration of a block."""
     watch = store.watch(prefix, start)
-    try:
+    assert isinstance(watch, AsyncGenerator)
+    async with aclosing(watch):
         yield watch
-    finally:
-        await cast(_Closable, watch).aclose()
 
 
 async def events(
