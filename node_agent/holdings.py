@@ -8,9 +8,10 @@ with a penalty for this host when it did not work here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from node_agent.child import ChildSpec, to_toml
 from node_agent.claims import Claims
@@ -32,7 +33,7 @@ from registry.v1 import names_pb2
 SETTLE_TIMEOUT = 5.0
 """Seconds for releasing the names of a node that leaves."""
 
-Persist = Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]
+Persist = Callable[[Callable[[], Awaitable[object]]], Coroutine[Any, Any, None]]
 """Repeats an attempt until etcd answers."""
 
 _STATES = {State.READY: WorkerState.READY, State.STOPPING: WorkerState.STOPPING}
@@ -178,8 +179,9 @@ class Holdings:
         match change:
             case Change("owners", name, Owner() as before, after) if before.node == self._node:
                 if not isinstance(after, Owner) or after.epoch != before.epoch:
-                    taken = isinstance(after, Owner)
-                    why = f"taken by {after.host}" if taken else "its owner key was deleted"
+                    why = (
+                        f"taken by {after.host}" if isinstance(after, Owner) else "its owner key was deleted"
+                    )
                     self._supervisor.lose(name, before.epoch, why)
             case Change("specs", name, _, after):
                 self._spec_changed(name, after if isinstance(after, SpecRecord) else None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from node_agent.adoption import SESSION, FormerSession, session_note
 from node_agent.child import ChildSpec
@@ -80,6 +81,7 @@ class Membership:
         self._own_specs, self._clock, self._emit, self._facts = own_specs, clock, emit, facts
         self._make_holdings = make_holdings
         self._loop = asyncio.get_running_loop()
+        self._former = ""
         self._trouble = ""
 
     def trusted(self) -> bool:
@@ -184,8 +186,9 @@ class Membership:
     async def _live(self, session: Session, holdings: Holdings) -> str:
         """Do everything a member does until the session is lost; return why it was."""
         work = asyncio.create_task(self._work(session, holdings), name="member")
+        either: set[asyncio.Future[Any]] = {work, session.lost}
         try:
-            await asyncio.wait({work, session.lost}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
             return await asyncio.shield(session.lost)
@@ -197,7 +200,8 @@ class Membership:
         await self._persist(lambda: holdings.confirm_adopted(session.trusted))
         self.settled.set()
         recovering = self._facts(self.node, NodeState.RECOVERING)
-        await self._persist(lambda: self._nodes.register(recovering, session.lease))
+        await self._persist(lambda: self._nodes.register(recovering, session.lease, former=self._former))
+        self._former = self.node
         await self._directory.synced()
         await self._persist(lambda: holdings.offer(self._own_specs))
         ready = self._facts(self.node, NodeState.READY)
