@@ -31,6 +31,7 @@ _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
+_PF_EXITING = 0x4
 _CAPABILITY_VERSION_3 = 0x20080522
 
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
@@ -173,10 +174,27 @@ def processes() -> Iterator[int]:
 
 
 def environment(pid: int) -> list[bytes]:
-    """Return the environment ``pid`` was executed with; empty if it has ended or may not be read."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-        return file.read().split(b"\0")
-    return []
+    """Return the environment ``pid`` was executed with; empty if it has ended or may not be read.
+
+    The first thread may have ended long before the others: then any of those is asked.
+    """
+    if text := _environ(f"/proc/{pid}"):
+        return text.split(b"\0")
+    threads = (_environ(f"/proc/{pid}/task/{thread}") for thread in _threads(pid))
+    return next((text.split(b"\0") for text in threads if text), [])
+
+
+def _environ(process: str) -> bytes:
+    with contextlib.suppress(OSError), open(f"{process}/environ", "rb") as file:
+        return file.read()
+    return b""
+
+
+def is_dying(pid: int) -> bool:
+    """Tell whether ``pid`` runs no code any more, but is not reaped: it may still hold files and sockets."""
+    with contextlib.suppress(OSError):
+        return bool(int(_stat(str(pid))[6]) & _PF_EXITING)
+    return False
 
 
 def session_of(pid: int) -> int:
@@ -222,13 +240,15 @@ def descendants(pid: int) -> list[int]:
 
 def _all_children(pid: int) -> Iterator[int]:
     """Like :func:`children`, for a process that may have threads."""
-    try:
-        tasks = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return
-    for task in tasks:
+    for thread in _threads(pid):
         with contextlib.suppress(OSError):
-            yield from (int(child) for child in _read(f"/proc/{pid}/task/{task}/children").split())
+            yield from (int(child) for child in _read(f"/proc/{pid}/task/{thread}/children").split())
+
+
+def _threads(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(f"/proc/{pid}/task")
+    return []
 
 
 def kill(pid: int, signum: int = signal.SIGKILL) -> None:

@@ -212,6 +212,8 @@ class Children:
         left = self._orphans()
         _kill_trees(pid for pid, owner in left if owner in self._leaving)
         owners = {owner for _, owner in left}
+        if None in owners:
+            return
         for worker in [worker for worker in self._leaving if worker not in owners]:
             self._leaving.remove(worker)
             worker.state = "gone"
@@ -292,10 +294,14 @@ class Children:
         for worker in workers:
             self._let_go_of_lease(worker)
 
-    def _orphans(self) -> list[tuple[int, _Worker]]:
-        """Return the children of the warden that some worker left behind."""
+    def _orphans(self) -> list[tuple[int, _Worker | None]]:
+        """Return the children of the warden that some worker left behind.
+
+        One that is dying does not show any more whose it was (None), so it counts for everybody.
+        """
         left = (pid for pid in kernel.children(os.getpid()) if not (self.owns(pid) or self._stranger(pid)))
-        return [(pid, owner) for pid in left if (owner := self._owner(pid)) is not None]
+        owners = ((pid, self._owner(pid)) for pid in left)
+        return [(pid, owner) for pid, owner in owners if owner is not None or kernel.is_dying(pid)]
 
     def _owner(self, pid: int) -> _Worker | None:
         for variable in kernel.environment(pid):

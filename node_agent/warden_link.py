@@ -113,9 +113,9 @@ class WardenLink:
         return link
 
     def close(self) -> None:
-        """Stop listening.  The warden takes this for the agent's end only when the process ends, too."""
-        self._loop.remove_reader(self._socket.fileno())
-        self._loop.remove_writer(self._socket.fileno())
+        """Hang up: nothing is sent or heard any more.  The warden replaces an agent that does this."""
+        self._stop_listening()
+        self._ending = True
         self._socket.close()
 
     # Requests.
@@ -285,8 +285,13 @@ class WardenLink:
     def _warden_is_gone(self) -> None:
         if not self._ending:
             self._lost()
-        self._loop.remove_reader(self._socket.fileno())
+        self._stop_listening()
         self._ended.set()
+
+    def _stop_listening(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
 
     def _take(self, message: protocol.FromWarden) -> None:
         if self._handover is not None:

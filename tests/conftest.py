@@ -13,6 +13,7 @@ pytest_plugins = [
     "tests.support.canned_agent",
     "tests.support.command_line",
     "tests.support.servers",
+    "tests.support.warden",
     "tests.support.worker",
 ]
 
