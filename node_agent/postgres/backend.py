@@ -6,9 +6,10 @@
 The fence is taken first, at top level, and asserted once more together with COMMIT.  The sessions are direct
 ones: limits and the registration by which a takeover ends them do not survive a transaction pooler.
 
-Ends: committed; Fenced (nothing committed: somebody else is the owner, or the fence is closed);
-FenceUnavailable (no transaction was opened); any other error (nothing committed); UnknownOutcome (the
-connection broke during COMMIT: reconnect, and look at what the transaction would have written, to decide).
+Ends: committed; Fenced (nothing committed, somebody else is the owner); FenceClosed (nothing committed, and
+nothing can be until the agent has raised the fence again: end the process); FenceUnavailable (no transaction
+was opened); any other error (nothing committed); UnknownOutcome (the connection broke during COMMIT: reconnect,
+and look at what the transaction would have written, to decide).
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ from node_agent.postgres.connections import Connection, Connections, cut_at
 from node_agent.postgres.fence import application_name
 from node_agent.postgres.queries import QUERIES, compose
 from node_agent.postgres.refusals import (
+    FenceClosed,
     FenceUnavailable,
     check_version,
-    fenced,
     is_conflict,
     is_loss,
     lost,
+    refusal,
     translate,
 )
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.errors import Fenced, UnknownOutcome
 
-__all__ = ["Databases", "FenceUnavailable", "Isolation", "StatementError", "Transaction"]
+__all__ = ["Databases", "FenceClosed", "FenceUnavailable", "Isolation", "StatementError", "Transaction"]
 
 StatementError = psycopg.Error
 """What a statement raises that PostgreSQL does not accept, or whose connection breaks."""
@@ -72,8 +74,8 @@ class Transaction:
     ) -> psycopg.AsyncCursor[tuple[Any, ...]]:
         """Run a statement; the cursor has ``rowcount`` and the rows.
 
-        Raises Fenced when PostgreSQL says PH001 (a table under ``herd.protect``, for example), RuntimeError
-        after the end of the transaction, else what psycopg raises.
+        Raises Fenced or FenceClosed when PostgreSQL says PH001 (a table under ``herd.protect``, for example),
+        RuntimeError after the end of the transaction, else what psycopg raises.
         """
         self._require_open()
         deadline = self._clock.now() + self._limit + _NETWORK_SECONDS
@@ -82,7 +84,7 @@ class Transaction:
                 cursor = await self._connection.execute(query, parameters)
             except psycopg.Error as error:
                 if error.sqlstate == "PH001":
-                    raise fenced(error) from error
+                    raise refusal(error) from error
                 raise
         self._require_open()
         return cursor
@@ -179,8 +181,8 @@ class Databases:
                 _open_in.reset(variable)
                 await self._connections[database].release(connection)
         except psycopg.Error as error:
-            if (refusal := await self._taken_over(database, error)) is not None:
-                raise refusal from error
+            if (refused := await self._taken_over(database, error)) is not None:
+                raise refused from error
             raise
 
     async def close(self) -> None:
@@ -270,14 +272,14 @@ class Databases:
                     details={"database": database, **{key: str(value) for key, value in self._token.items()}},
                 ) from error
 
-    async def _taken_over(self, database: str, error: psycopg.Error) -> Fenced | None:
+    async def _taken_over(self, database: str, error: psycopg.Error) -> Fenced | FenceClosed | None:
         """Return the refusal behind an error that a takeover may have caused: ask again whether we may act.
 
         A takeover ends our sessions; and a fence row that changed after a transaction's snapshot is reported
         as a write conflict, for which whoever repeats such transactions would repeat this one for ever.
         """
         if error.sqlstate == "PH001":
-            return fenced(error)
+            return refusal(error)
         if not (is_conflict(error) or is_loss(error)):
             return None
         deadline = self._clock.now() + _SECOND_LOOK_SECONDS
@@ -286,7 +288,7 @@ class Databases:
                 with cut_at(connection, deadline, self._clock):
                     await connection.execute(QUERIES["check_fence"], self._token)
         except psycopg.Error as answer:
-            return fenced(answer) if answer.sqlstate == "PH001" else None
+            return refusal(answer) if answer.sqlstate == "PH001" else None
         except (TimeoutError, FenceUnavailable):
             return None
         return None

@@ -1,8 +1,9 @@
 """What PostgreSQL's errors mean for a fence: one translation for raising it and for working under it.
 
-``PH001`` is :class:`~registry.errors.Fenced`.  Everything else that keeps a fence from being raised or
-checked is :class:`FenceUnavailable`: nothing was executed, nobody is known to be superseded, and somebody has
-to help.
+``PH001`` is :class:`~registry.errors.Fenced` where a successor is known, and :class:`FenceClosed` where there
+is none: a process that ends by the first is not started again, one that ends by the second is, and its agent
+raises the fence before.  Everything else that keeps a fence from being raised or checked is
+:class:`FenceUnavailable`: nobody is known to be superseded, and somebody has to help.
 """
 
 from __future__ import annotations
@@ -34,6 +35,22 @@ class FenceUnavailable(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
+class FenceClosed(Exception):
+    """No transaction of this token may commit here, and no successor is known: nothing was committed.
+
+    The server was promoted since the fence was raised, or the fence was never raised, or it is another
+    name's.  Do not go on: the agent raises the fence before it starts the process again.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
 def lost(connection: psycopg.AsyncConnection[tuple[object, ...]], error: psycopg.Error) -> bool:
     """Tell whether ``error`` means that the session is gone, and with it whatever was not committed."""
     return connection.closed or is_loss(error)
@@ -51,21 +68,21 @@ def is_conflict(error: psycopg.Error) -> bool:
     return isinstance(error, errors.SerializationFailure)
 
 
-def fenced(error: psycopg.Error) -> Fenced:
-    """Return the refusal that PostgreSQL expressed as PH001."""
-    message = error.diag.message_primary or str(error)
-    details = {"database_detail": error.diag.message_detail or ""}
-    if (superseded := _SUPERSEDED_BY.search(message)) is not None:
-        details["superseded_by"] = superseded[1]
-    return Fenced(message, hint=error.diag.message_hint or "", details=details)
+def refusal(error: psycopg.Error) -> Fenced | FenceClosed:
+    """Return what PostgreSQL expressed as PH001."""
+    message, detail = error.diag.message_primary or str(error), error.diag.message_detail or ""
+    hint = error.diag.message_hint or ""
+    if (superseded := _SUPERSEDED_BY.search(message)) is None:
+        return FenceClosed(f"{message}: {detail}" if detail else message, hint=hint)
+    return Fenced(message, hint=hint, details={"superseded_by": superseded[1], "detail": detail})
 
 
-def translate(error: psycopg.Error, database: str) -> Fenced | FenceUnavailable:
+def translate(error: psycopg.Error, database: str) -> Fenced | FenceClosed | FenceUnavailable:
     """Return what an error of a statement of ours in ``database`` means."""
     primary = error.diag.message_primary or str(error).strip()
     match error.sqlstate:
         case "PH001":
-            return fenced(error)
+            return refusal(error)
         case errors.InvalidSchemaName.sqlstate | errors.UndefinedFunction.sqlstate:
             return FenceUnavailable(
                 f"database {database} has no schema herd", hint=f"pgherd sql install {database}"

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
-from node_agent.postgres.backend import Databases
+from node_agent.postgres.backend import Databases, FenceClosed
 from node_agent.postgres.fence import FenceRaiser, FenceUnavailable
 from node_agent.postgres.install import install
 from registry.errors import Fenced, UnknownOutcome
@@ -272,9 +272,23 @@ async def test_a_takeover_under_an_older_snapshot_is_fenced_not_a_conflict_to_re
 
 async def test_a_protected_table_refuses_with_the_same_error(app: TestDatabase, owner: Databases) -> None:
     app.execute("select herd.protect('effect', 'ticker')")
-    with pytest.raises(Fenced, match=r"only the owner of ticker may write table public\.effect"):
+    with pytest.raises(FenceClosed, match=r"only the owner of ticker may write table public\.effect"):
         async with owner.backend("app") as tx:
             await tx.execute("insert into effect values ('a')")
+
+
+async def test_a_fence_closed_by_a_promotion_does_not_make_its_owner_superseded(
+    app: TestDatabase, owner: Databases, raiser: FenceRaiser
+) -> None:
+    app.execute("update herd.fences set timeline = 7")
+
+    with pytest.raises(FenceClosed, match="It was raised on timeline 7, this server writes on timeline 1"):
+        async with owner.backend("app"):
+            pass
+
+    await raiser.raise_fence("app", "sweeper", 10, 1, node="alpha", timeout=10)
+    async with owner.backend("app"):
+        pass
 
 
 async def test_reading_does_not_hold_up_a_takeover(

@@ -221,8 +221,13 @@ async def test_only_the_owner_writes_a_protected_table(postgres: TestDatabase) -
     postgres.execute("create table ledger (n int) partition by range (n)")
     postgres.execute("create table ledger_1 partition of ledger for values from (0) to (10)")
     postgres.execute("select herd.protect('ledger', 'sweeper')")
-    writes = ("insert into ledger values (1)", "update ledger set n = 2", "delete from ledger", "truncate ledger",
-              "insert into ledger_1 values (1)")  # fmt: skip
+    writes = (
+        "insert into ledger values (1)",
+        "update ledger set n = 2",
+        "delete from ledger",
+        "truncate ledger",
+        "insert into ledger_1 values (1)",
+    )
 
     def attempt(before: str, write: str) -> str | None:
         with closing(postgres.connect()) as connection:

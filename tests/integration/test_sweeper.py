@@ -11,6 +11,7 @@ import pytest
 from node_agent.daemons import sweeper_schema
 from node_agent.postgres.fence import FenceRaiser
 from node_agent.postgres.install import install
+from node_agent.worker import EXIT_SUPERSEDED
 from registry.v1 import messages_pb2
 from tests.support.postgres import TestDatabase, eventually
 from tests.support.worker import Desk, Watched, WorkerProcess
@@ -211,9 +212,23 @@ async def test_a_superseded_sweeper_ends_and_deletes_nothing(
 
     sweeper.send("sweep_now")
 
-    assert await process.exit_code() != 0
+    assert await process.exit_code() == EXIT_SUPERSEDED
     assert swept(app) == 0
     assert app.execute("select count(*) from history") == [(25,)]
+
+
+async def test_a_closed_fence_ends_the_process_as_a_crash_so_that_it_is_started_and_raised_again(
+    app: TestDatabase, desk: Desk, raiser: FenceRaiser
+) -> None:
+    process, sweeper = await own(desk, app, raiser)
+    await had_its_first_round(sweeper)
+    keep(app, "history")
+    app.execute("update herd.fences set timeline = 7")
+
+    sweeper.send("sweep_now")
+
+    assert await process.exit_code() not in (0, EXIT_SUPERSEDED)
+    assert swept(app) == 0
 
 
 async def test_a_database_without_its_tables_is_reported_and_does_not_end_the_process(
