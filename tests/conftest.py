@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says more about who else uses the machine.
+settings.register_profile("pgherd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pgherd")
 
 pytest_plugins = [
     "tests.support.etcd",
