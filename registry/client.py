@@ -8,6 +8,7 @@ A façade: :mod:`registry.routes` finds the way, :mod:`registry.link` carries, :
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -126,40 +127,35 @@ class Client:
         ``payload`` is a JSON value (the members of an object are the method's arguments by name) or bytes.
         Raises Refused (not executed), UnknownOutcome (perhaps executed), DaemonError (the handler rejected).
         """
-        return _value(await self._send(pb.KIND_CALL, name, method, payload, options))
+        return _value(_checked(await self._send(pb.KIND_CALL, name, method, payload, options)))
 
     async def ask(self, name: str, method: str, payload: Any = None, **options: Unpack[Options]) -> Answer:
         """Like :meth:`call`, and tell which process answered."""
-        frame = await self._send(pb.KIND_CALL, name, method, payload, options)
+        frame = _checked(await self._send(pb.KIND_CALL, name, method, payload, options))
         return Answer(_value(frame), frame.epoch, frame.start)
 
     async def cast(self, name: str, method: str, payload: Any = None, **options: Unpack[Options]) -> Answer:
         """Tell a daemon; returns when its runtime has accepted the message.  The value is None."""
-        frame = await self._send(pb.KIND_CAST, name, method, payload, options)
+        frame = _checked(await self._send(pb.KIND_CAST, name, method, payload, options))
         return Answer(None, frame.epoch, frame.start)
 
-    async def _send(
+    def _send(
         self, kind: pb.Kind.ValueType, name: str, method: str, payload: Any, options: Options
-    ) -> pb.Frame:
-        body = _body(payload)
-        wire.check_body(body)
-        frame = wire.request(
-            kind,
-            name,
-            method,
-            body,
-            epoch=options.get("expect_epoch", 0),
-            idempotency_key=options.get("idempotency_key", ""),
-            traceparent=options.get("traceparent", ""),
-        )
-        timeout = options.get("timeout")
+    ) -> asyncio.Future[pb.Frame]:
+        timeout = None
+        frame = pb.Frame(kind=kind, to=name, method=method)
+        if type(payload) is bytes:
+            wire.check_body(payload)
+            frame.data = payload
+        else:
+            frame.json = _json(payload)
+        if options:
+            timeout = options.get("timeout")
+            frame.epoch = options.get("expect_epoch", 0)
+            frame.idempotency_key = options.get("idempotency_key", "")
+            frame.traceparent = options.get("traceparent", "")
         now = self._clock.now()
-        answer = await self._routes.send(
-            frame, now, now + (wire.DEFAULT_TIMEOUT if timeout is None else timeout)
-        )
-        if answer.HasField("error"):
-            raise wire.error_from_pb(answer.error)
-        return answer
+        return self._routes.send(frame, now, now + (wire.DEFAULT_TIMEOUT if timeout is None else timeout))
 
     # Names.
 
@@ -207,15 +203,21 @@ class Client:
             raise wire.error_of_rpc(error, read_only=read_only) from error
 
 
-def _body(payload: Any) -> wire.Body:
+def _json(payload: Any) -> str:
     if payload is None:
         return "{}"
-    if isinstance(payload, bytes):
-        return payload
     try:
-        return _to_json(payload)
+        text = _to_json(payload)
     except (TypeError, ValueError) as error:
         raise Invalid(f"the payload is no JSON value: {error}") from error
+    wire.check_body(text)
+    return text
+
+
+def _checked(answer: pb.Frame) -> pb.Frame:
+    if answer.HasField("error"):
+        raise wire.error_from_pb(answer.error)
+    return answer
 
 
 def _value(frame: pb.Frame) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Mapping
-from typing import NoReturn, TypeAlias
+from typing import NoReturn, Protocol, TypeAlias
 
 import grpc
 
@@ -26,8 +26,6 @@ from registry.v1 import messages_pb2 as pb
 
 Reply: TypeAlias = Callable[[pb.Frame], None]
 """Called exactly once with the reply frame; whoever forwards it overwrites its id."""
-TakenBack: TypeAlias = Callable[[HerdError], None]
-"""Called instead of a Reply: the request was never handed over; the argument says why."""
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 
 METHOD = "/pgherd.v1.Messages/Link"
@@ -63,9 +61,10 @@ class Outbox:
         """Queue one encoded frame; False when the outbox is full, and then nothing was queued."""
         if len(self._parts) >= self._max_frames or self._bytes >= self._max_bytes:
             return False
+        if not self._parts:
+            self._filled.set()
         self._parts.append(part)
         self._bytes += len(part)
-        self._filled.set()
         return True
 
     def withdraw(self, place: int) -> bool:
@@ -121,6 +120,18 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
 }
 
 
+class Asker(Protocol):
+    """Whoever asks: exactly one of the two methods is called, once."""
+
+    deadline: Boottime
+
+    def __call__(self, frame: pb.Frame, /) -> None:
+        """Take the reply; its id is the link's."""
+
+    def taken_back(self, why: HerdError) -> None:
+        """The request was never handed over, so nothing was executed."""
+
+
 class Link:
     """The asking side of one stream.  ``peer`` names the other side in errors.
 
@@ -141,7 +152,7 @@ class Link:
         self._clock = clock
         self._outbox = Outbox()
         self._sent = 0
-        self._pending: dict[int, tuple[Boottime, Reply, TakenBack]] = {}
+        self._pending: dict[int, Asker] = {}
         self._alarm = Alarm(clock, self._expire)
 
     def __repr__(self) -> str:
@@ -152,23 +163,24 @@ class Link:
         """How many requests wait for a reply."""
         return len(self._pending)
 
-    def request(self, frame: pb.Frame, deadline: Boottime, reply: Reply, taken_back: TakenBack) -> None:
-        """Send a request; exactly one of ``reply`` and ``taken_back`` is called, perhaps before this returns.
+    def request(self, frame: pb.Frame, asker: Asker, now: Boottime) -> None:
+        """Send a request of ``asker``, who may hear what became of it before this returns.
 
         The frame's id and remaining time are overwritten.
         """
-        left = wire.remaining_ms(deadline, self._clock.now())
+        left = wire.remaining_ms(asker.deadline, now)
         if self.state is State.CLOSED or left == 0:
-            taken_back(self._unreachable(self.why or "no time was left to send it"))
+            asker.taken_back(self._unreachable(self.why or "no time was left to send it"))
             return
         place = self._sent + 1
-        frame.id, frame.remaining_ms = place, left
+        frame.id = place
+        frame.remaining_ms = left
         if len(self._pending) >= MAX_UNANSWERED or not self._outbox.put(wire.encode(frame)):
-            reply(wire.error_reply(frame, self._overloaded()))
+            asker(wire.error_reply(frame, self._overloaded()))
             return
         self._sent = place
-        self._pending[place] = (deadline, reply, taken_back)
-        self._alarm.note(deadline)
+        self._pending[place] = asker
+        self._alarm.note(asker.deadline)
 
     async def run(self) -> None:
         """Connect and carry requests until the stream ends or this is cancelled; then settle what is left."""
@@ -227,19 +239,19 @@ class Link:
             except Invalid as error:
                 raise _Ended(f"it sent garbage: {error.message}") from error
             for frame in frames:
-                entry = pending.pop(frame.id, None)
-                if entry is not None:
-                    entry[1](frame)
+                asker = pending.pop(frame.id, None)
+                if asker is not None:
+                    asker(frame)
 
     def _expire(self, now: Boottime) -> Boottime:
-        due = [place for place, entry in self._pending.items() if entry[0] <= now]
+        due = [place for place, asker in self._pending.items() if asker.deadline <= now]
         for place in due:
-            _, reply, taken_back = self._pending.pop(place)
+            asker = self._pending.pop(place)
             if self._outbox.withdraw(place):
-                taken_back(self._unreachable("it was not connected in time"))
+                asker.taken_back(self._unreachable("it was not connected in time"))
             else:
-                reply(self._unknown("did not answer in time"))
-        return min((entry[0] for entry in self._pending.values()), default=NEVER)
+                asker(self._unknown("did not answer in time"))
+        return min((asker.deadline for asker in self._pending.values()), default=NEVER)
 
     def _settle(self) -> None:
         """Answer UNKNOWN_OUTCOME for what was handed over, and give back the rest, in order."""
@@ -248,11 +260,11 @@ class Link:
         self.opened.set()
         self._alarm.stop()
         pending, self._pending = self._pending, {}
-        for place, (_, reply, taken_back) in pending.items():
+        for place, asker in pending.items():
             if place <= self._outbox.taken:
-                reply(self._unknown(f"had it when the link ended ({self.why})"))
+                asker(self._unknown(f"had it when the link ended ({self.why})"))
             else:
-                taken_back(self._unreachable(self.why))
+                asker.taken_back(self._unreachable(self.why))
 
     def _unreachable(self, why: str) -> Unreachable:
         return Unreachable(f"agent {self.peer}: {why}", details={"peer": self.peer})

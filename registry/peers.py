@@ -16,7 +16,7 @@ from registry.clock import Boottime, Clock
 from registry.directory import Change, Directory
 from registry.errors import Unreachable
 from registry.events import Event, LinkDropped
-from registry.link import Link, Reply, TakenBack
+from registry.link import Asker, Link
 from registry.v1 import messages_pb2 as pb
 
 FIRST_BACKOFF = 0.05
@@ -82,23 +82,21 @@ class Peers:
             for peer in peers.values():
                 await peer.channel.close()
 
-    def request(
-        self, node: str, frame: pb.Frame, deadline: Boottime, reply: Reply, taken_back: TakenBack
-    ) -> None:
-        """Send a request to the agent of ``node``; exactly one of ``reply`` and ``taken_back`` is called."""
+    def request(self, node: str, frame: pb.Frame, asker: Asker) -> None:
+        """Send a request to the agent of ``node``; ``asker`` hears what became of it, perhaps at once."""
         peer = self._peers.get(node) or self._meet(node)
         if peer is None or not self._running:
             why = "it is this agent itself" if node == self._node() else "it has left, or we are leaving"
-            taken_back(Unreachable(f"node {node}: {why}", details={"node": node}))
+            asker.taken_back(Unreachable(f"node {node}: {why}", details={"node": node}))
             return
-        link = peer.link
+        link, now = peer.link, self._clock.now()
         if link is None:
-            if self._clock.now() < peer.try_at:
+            if now < peer.try_at:
                 why = f"agent {peer.node} at {peer.address} could not be reached: {peer.why}"
-                taken_back(Unreachable(why, details={"node": node}))
+                asker.taken_back(Unreachable(why, details={"node": node}))
                 return
             link = self._open(peer)
-        link.request(frame, deadline, reply, taken_back)
+        link.request(frame, asker, now)
 
     def channel(self, node: str) -> grpc.aio.Channel | None:
         """Return a channel to the agent of ``node`` for unary requests; None when it is not a living peer."""

@@ -66,7 +66,7 @@ class _Route:
 
 
 class _Request:
-    """A request in the care of this router; it is the Reply of whoever it is passed on to."""
+    """A request in the care of this router, which is the Asker of whoever it is passed on to."""
 
     __slots__ = ("arrival", "deadline", "frame", "give_up", "reply", "route", "router", "verdict")
 
@@ -195,7 +195,7 @@ class Router:
         if here:
             self._local.deliver(frame, request.deadline, request)
         else:
-            self._peers.request(target, frame, request.deadline, request, request.taken_back)
+            self._peers.request(target, frame, request)
 
     def _overlaps(self, route: _Route) -> bool:
         now = self._clock.now()

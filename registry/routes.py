@@ -62,7 +62,7 @@ class _Route:
 
 
 class _Sent:
-    """A request; it is the Reply of the link that carries it."""
+    """A request, which is the Asker of the link that carries it."""
 
     __slots__ = ("answer", "deadline", "frame", "order", "route", "routes")
 
@@ -143,7 +143,7 @@ class Routes:
             self._wait(sent)
         else:
             route.unanswered += 1
-            link.request(frame, deadline, sent, sent.taken_back)
+            link.request(frame, sent, now)
         return sent.answer
 
     def _new_route(self, name: str) -> _Route:
@@ -180,9 +180,10 @@ class Routes:
         finally:
             route.is_sought = False
         waiting, route.waiting = route.waiting, []
+        now = self._clock.now()
         for sent in waiting:
             route.unanswered += 1
-            route.link.request(sent.frame, sent.deadline, sent, sent.taken_back)
+            route.link.request(sent.frame, sent, now)
 
     async def _best_link(self, name: str, route: _Route) -> Link:
         """Return the link to the owner's agent, or home's; raises Unreachable when there is neither."""
