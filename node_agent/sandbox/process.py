@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from node_agent import kernel
+from node_agent.sandbox.leash import leashed
 
 _LOOPBACK = "127.0.0.1"
 
@@ -77,23 +77,19 @@ class Process:
     ) -> Process:
         """Start ``argv`` in a session of its own (the terminal's Ctrl-C is not for it), appending to ``log``.
 
-        ``death_signal`` is what the kernel sends it when the calling thread ends.  Raises ServerFailed when
-        the program cannot be executed.
+        ``death_signal`` is what the kernel sends it when the calling thread ends.  A program that cannot be
+        executed ends with exit code 127 and the reason in its log.
         """
         with log.open("ab") as output:
-            try:
-                popen = subprocess.Popen(
-                    [os.fspath(word) for word in argv],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    cwd=directory,
-                    env=dict(environment),
-                    start_new_session=True,
-                    preexec_fn=_before_exec(death_signal, user),
-                )
-            except (OSError, subprocess.SubprocessError) as error:
-                raise ServerFailed(f"cannot start {argv[0]}: {error}") from error
+            popen = subprocess.Popen(
+                leashed(argv, death_signal, uid=user.uid if user else None, gid=user.gid if user else None),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=directory,
+                env=dict(environment),
+                start_new_session=True,
+            )
         return cls(popen, log)
 
     @property
@@ -132,21 +128,6 @@ class Process:
         code = self._popen.poll()
         how = "" if code is None else f" (exit code {code})"
         return ServerFailed(f"{what}{how}; log: {self.log}\n{self.tail()}")
-
-
-def _before_exec(death_signal: signal.Signals, user: User | None) -> Callable[[], None]:
-    parent = os.getpid()
-
-    def prepare() -> None:
-        if user is not None:
-            os.setgroups([])
-            os.setgid(user.gid)
-            os.setuid(user.uid)
-        kernel.die_with_parent(death_signal)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return prepare
 
 
 async def _readable(descriptor: int) -> None:

@@ -114,11 +114,12 @@ def test_mistakes_are_refused_with_a_hint(
 def test_a_wrong_spec_changes_nothing_and_every_problem_is_shown(
     here: Sandbox, run: CommandLine, tmp_path: Path
 ) -> None:
-    (tmp_path / "two.toml").write_text(TICKER + '[[child]]\nid = "b"\nrestart = "always"\nnmae = "b"\n')
+    spec = TICKER.replace("ticker", "first") + '[[child]]\nid = "b"\nrestart = "always"\nnmae = "b"\n'
+    (tmp_path / "two.toml").write_text(spec)
     assert run("apply", str(tmp_path / "two.toml")) == 2
     assert "permanent" in run.errors
     assert "nmae" in run.errors
-    assert run("specs", "ticker") == 1
+    assert run("specs", "first") == 1
 
 
 def test_an_applied_spec_can_be_applied_again(ticker: str, run: CommandLine, tmp_path: Path) -> None:

