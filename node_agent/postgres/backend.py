@@ -8,8 +8,8 @@ ones: limits and the registration by which a takeover ends them do not survive a
 
 Ends: committed; Fenced (nothing committed, somebody else is the owner); FenceClosed (nothing committed, and
 nothing can be until the agent has raised the fence again: end the process); FenceUnavailable (no transaction
-was opened); any other error (nothing committed); UnknownOutcome (the connection broke during COMMIT: reconnect,
-and look at what the transaction would have written, to decide).
+was opened); any other error (nothing committed); UnknownOutcome (the connection broke during COMMIT: look at
+what the transaction would have written, to decide).
 """
 
 from __future__ import annotations
