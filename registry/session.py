@@ -18,14 +18,12 @@ import math
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.errors import LeaseNotFound, StoreError, StoreRestored
 from registry.store import LeaseId, Store
-
-if TYPE_CHECKING:
-    from registry.config import Timing
+from registry.timing import SHORTEST_ELECTION, Timing
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -276,4 +274,8 @@ def _fail(future: asyncio.Future[_T], error: Exception) -> None:
 
 
 def _for_ttl(timing: Timing, ttl: float) -> Timing:
-    return timing if ttl == timing.ttl else dataclasses.replace(timing, ttl=ttl)
+    """Return the timing of what was granted: etcd raises a short request, and an adopted lease keeps the time
+    to live of the configuration it was taken under, whatever election timeout is assumed by now."""
+    if ttl == timing.ttl:
+        return timing
+    return dataclasses.replace(timing, ttl=ttl, election=min(timing.election, SHORTEST_ELECTION))

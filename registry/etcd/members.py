@@ -261,7 +261,7 @@ class Members:
             try:
                 if once and not member.connected:
                     await self._reach(member, metadata, min(left, self.attempt))
-                    left = deadline - self.clock.now()
+                    continue
                 return await attempt(member.stubs, metadata, min(left, self.attempt))
             except (grpc.aio.AioRpcError, asyncio.CancelledError, Failed) as error:
                 failure = judge(error)

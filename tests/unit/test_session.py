@@ -290,6 +290,26 @@ async def test_an_adopted_session_is_renewed_at_once(store: MemoryStore) -> None
     await session.close()
 
 
+async def test_an_adopted_lease_keeps_its_ttl_when_the_configuration_has_changed(store: MemoryStore) -> None:
+    lease = await store.grant(5)
+    renewals = Renewals()
+
+    session = await Session.adopt(
+        lambda: store,
+        Timing(8, election=1.0),
+        SYSTEM_CLOCK,
+        renewals,
+        lease=lease.id,
+        hard_deadline=SYSTEM_CLOCK.now() + Timing(5).hard - 1,
+    )
+    await renewals.reach(1)
+
+    assert session is not None
+    assert session.ttl == 5
+    assert renewals.seen[0][1] <= SYSTEM_CLOCK.now() + Timing(5).hard
+    await session.close()
+
+
 async def test_a_lease_whose_trust_has_ended_is_not_adopted(store: MemoryStore) -> None:
     lease = await store.grant(60)
     soft_passed = SYSTEM_CLOCK.now() + PATIENT.keepalive_every - 0.001
