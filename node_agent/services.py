@@ -177,7 +177,8 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
         return supervision_pb2.Done(what=f"{name}: should be {desired.value} now")
 
     def _undeclared(self, name: str) -> HerdError:
-        if name in self._view.supervisor.children:
+        child = self._view.supervisor.children.get(name)
+        if child is not None and not child.spec.name:
             return Invalid(
                 f"{name} is a child of this host only, declared in its children.d",
                 hint=f"`pgherd restart {name}` restarts it; edit the file to remove it",
