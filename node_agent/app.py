@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -34,7 +34,7 @@ from registry import events, security
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.config import AgentConfig
 from registry.directory import Directory
-from registry.errors import Denied
+from registry.errors import Denied, StoreError
 from registry.etcd import EtcdStore
 from registry.names import Names
 from registry.nodes import NodeRecord, Nodes, NodeState
@@ -84,6 +84,7 @@ class ChildHost:
     log: events.EventLog
     conninfos: Mapping[str, str]
     until: Callable[[], Boottime]
+    read_owner: Callable[[str], Awaitable[Owner | None]]
     clock: Clock = SYSTEM_CLOCK
     counted: dict[tuple[str, int], int] = field(default_factory=dict)
 
@@ -98,6 +99,13 @@ class ChildHost:
 
     def started(self, child: Child, start: int) -> None:
         self.counted[child.key, child.epoch] = start
+
+    async def still_owns(self, child: Child) -> bool:
+        try:
+            owner = await self.read_owner(child.key)
+        except StoreError:
+            return False
+        return owner is not None and owner.epoch == child.epoch
 
     def note(self, child: Child, window: RestartWindow) -> None:
         self.link.remember(adoption.child_key(child.key), adoption.child_note(child, window))
@@ -121,6 +129,7 @@ class Agent:
             log=self._emit,
             conninfos=conninfos,
             until=lambda: self._membership.may_act_until(),
+            read_owner=lambda name: names.read_owner(name),
             counted=dict(link.welcome.starts),
         )
         self._supervisor = Supervisor(

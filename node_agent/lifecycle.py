@@ -112,6 +112,9 @@ class Host(Place, Protocol):
     def may_act_until(self) -> Boottime:
         """Return when workers with a name have to stop acting, unless the lease is renewed."""
 
+    async def still_owns(self, child: Child) -> bool:
+        """Return whether etcd, read linearizably, has the child's epoch as the owner of its name."""
+
     def note(self, child: Child, window: RestartWindow) -> None:
         """Have the warden keep what the next agent needs to adopt the child."""
 
@@ -271,7 +274,13 @@ class Child:
         while True:
             try:
                 raised = await self._host.fences.raise_fence(
-                    database, self.key, self.epoch, start, node=self._host.host, timeout=FENCE_ATTEMPT
+                    database,
+                    self.key,
+                    self.epoch,
+                    start,
+                    node=self._host.host,
+                    timeout=FENCE_ATTEMPT,
+                    confirm=lambda: self._host.still_owns(self),
                 )
             except Fenced as error:
                 return _Ended(Exit.SUPERSEDED, error.message)
@@ -344,6 +353,9 @@ class Child:
                     self._enter(State.STOPPING)
                     stages = deque() if message.kill else deque(self.spec.stop)
                     next_stage = clock.now() if exited is None else None
+                case _Stop(again=False) if stop is not None and stop.again:
+                    # It is on its way already, and is not wanted any more after that.
+                    stop = message
                 case None if waiting and overdue_at is not None and clock.now() >= overdue_at:
                     self._crash = self._crash or f"not ready {self.spec.ready.timeout:g} s after its start"
                     overdue_at = None

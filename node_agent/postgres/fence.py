@@ -11,7 +11,7 @@ A raise may be repeated: an equal token succeeds, so an attempt with an unknown 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -38,6 +38,9 @@ _LOOK_EVERY = 0.02
 _AGAIN = (errors.QueryCanceled, errors.LockNotAvailable, errors.SerializationFailure, errors.DeadlockDetected)
 
 
+Confirm = Callable[[], Awaitable[bool]]
+
+
 @dataclass(frozen=True, slots=True)
 class Raised:
     """A fence stands.  ``ended`` describes each session that was ended for it."""
@@ -60,6 +63,7 @@ class _Raise:
     start: int
     node: str
     deadline: Boottime
+    confirm: Confirm | None
     ended: dict[int, str] = field(default_factory=dict)
     obstacle: str = "the server did not answer in time"
     hint: str = ""
@@ -88,12 +92,22 @@ class FenceRaiser:
         self._watchers = {database: self._connections(database, info) for database, info in conninfos.items()}
 
     async def raise_fence(
-        self, database: str, name: str, epoch: int, start: int, *, node: str, timeout: float
+        self,
+        database: str,
+        name: str,
+        epoch: int,
+        start: int,
+        *,
+        node: str,
+        timeout: float,
+        confirm: Confirm | None = None,
     ) -> Raised:
         """Raise the fence of ``name`` to (``epoch``, ``start``) within ``timeout`` seconds.
 
-        Returns when it is durable and every session of a lower token is gone.  Raises Fenced when a greater
-        token was there before, FenceUnavailable (which says what helps) when it could not be done in time.
+        Returns when it is durable and every session of a lower token is gone.  ``confirm`` is asked whether
+        the token is still the owner's when the server was promoted since the last raise: an asynchronous
+        standby may have missed a later one.  Raises Fenced when a greater token was there before,
+        FenceUnavailable (which says what helps) when it could not be done in time.
         """
         began = self._clock.now()
         if database not in self._raisers:
@@ -101,7 +115,7 @@ class FenceRaiser:
                 f"database {database} is not configured on this host",
                 hint=f"add [database.{database}] to agent.toml",
             )
-        wanted = _Raise(name, epoch, start, node, began + timeout)
+        wanted = _Raise(name, epoch, start, node, began + timeout, confirm)
         while not await self._try(database, wanted):
             await self._raisers[database].forget_idle()
         return Raised((self._clock.now() - began) * 1000, tuple(wanted.ended.values()))
@@ -145,6 +159,7 @@ class FenceRaiser:
 
     async def _raise(self, connection: Connection, database: str, wanted: _Raise) -> None:
         values = {**wanted.token, "node": wanted.node, "cluster": self._cluster}
+        await self._confirm(connection, database, wanted)
         for step in ("raise_intent", "raise_fence"):
             while (error := await self._watched(connection, database, wanted, step, values)) is not None:
                 if not isinstance(error, _AGAIN) or lost(connection, error):
@@ -153,6 +168,17 @@ class FenceRaiser:
                     raise wanted.failed(database)
         while await self._end_superseded(connection, connection.info.backend_pid, wanted):
             await self._pause(wanted, database)
+
+    async def _confirm(self, connection: Connection, database: str, wanted: _Raise) -> None:
+        if wanted.confirm is None:
+            return
+        row = await (await connection.execute(QUERIES["other_history"], {"name": wanted.name})).fetchone()
+        if row is not None and row[0] and not await wanted.confirm():
+            raise FenceUnavailable(
+                f"database {database}: the server was promoted since the fence was raised, and etcd does not "
+                f"confirm that epoch {wanted.epoch} still owns {wanted.name}",
+                hint=f"pgherd whereis {wanted.name}",
+            )
 
     async def _watched(
         self, connection: Connection, database: str, wanted: _Raise, step: str, values: Mapping[str, object]

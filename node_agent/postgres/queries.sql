@@ -12,6 +12,15 @@ select herd.version(),
        set_config('default_transaction_isolation', 'read committed', false),
        set_config('default_transaction_read_only', 'off', false)
 
+-- name: other_history
+-- Whether the fence was last raised on another server or timeline, so that it may have forgotten a later raise.
+select case when pg_is_in_recovery() then false else exists (
+  select from herd.fences f
+    where f.name = %(name)s
+      and (f.timeline, f.system_identifier)
+          is distinct from (herd.timeline(), (select c.system_identifier from pg_control_system() c))
+) end
+
 -- name: raise_intent
 -- Step 1: from now on lower tokens are refused.
 select herd.raise_intent(%(name)s, %(epoch)s, %(start)s, %(node)s, %(cluster)s)

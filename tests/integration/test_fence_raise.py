@@ -311,7 +311,20 @@ async def test_a_promotion_closes_every_fence_until_it_is_raised_there(
         refused.value.diag.message_detail == "It was raised on timeline 1, this server writes on timeline 2."
     )
 
-    await raise_fence(standby.conninfo(), "sweeper", 10, 1, node="alpha", timeout=10)
+    asked: list[bool] = []
+
+    async def confirm() -> bool:
+        asked.append(len(asked) > 0)
+        return asked[-1]
+
+    raiser = FenceRaiser({"app": standby.conninfo()})
+    token = ("app", "sweeper", 10, 1)
+    with pytest.raises(FenceUnavailable, match="etcd does not confirm that epoch 10 still owns sweeper"):
+        await raiser.raise_fence(*token, node="alpha", timeout=10, confirm=confirm)
+    await raiser.raise_fence(*token, node="alpha", timeout=10, confirm=confirm)
+    await raiser.raise_fence(*token, node="alpha", timeout=10, confirm=confirm)
+    await raiser.close()
+    assert asked == [False, True], "asked only while the fence stands on another timeline"
     old.execute("begin; select herd.fence('sweeper', 10, 1); commit")
 
 
