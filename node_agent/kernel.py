@@ -223,7 +223,7 @@ def children(pid: int) -> list[int]:
     while True:
         try:
             now = [int(child) for child in _read(f"/proc/{pid}/task/{pid}/children").split()]
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return []
         if now == before:
             return now
@@ -252,14 +252,14 @@ def _threads(pid: int) -> list[str]:
 
 
 def kill(pid: int, signum: int = signal.SIGKILL) -> None:
-    """Send a signal; a process that has ended, or may not be signalled, is no error."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    """Send a signal; that the process has ended, may not be signalled, or the signal is none, is no error."""
+    with contextlib.suppress(OSError, OverflowError):
         os.kill(pid, signum)
 
 
 def kill_group(group: int, signum: int = signal.SIGKILL) -> None:
-    """Send a signal to a process group; one that is empty, or may not be signalled, is no error."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    """Like :func:`kill`, for a process group."""
+    with contextlib.suppress(OSError, OverflowError):
         os.killpg(group, signum)
 
 

@@ -19,12 +19,13 @@ Imports little: this process stays small, and no upgrade replaces it while the s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -117,26 +118,24 @@ class Launcher:
             ours.close()
 
     def _fork(self, line: socket.socket) -> int:
-        """Fork and execute the warden.  Raises :class:`NoNamespace` or OSError."""
+        """Fork and execute the warden.  Raises :class:`NoNamespace` or OSError.
+
+        It is born with the signals blocked that it will get from here, until it has handlers for them: the
+        init of a namespace never sees a signal that comes before its handler.
+        """
         marker = Marker.new(self._config)
-        said, say = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
-        if self._namespace:
-            try:
-                kernel.enter_pid_namespace()
-            except OSError as error:
-                os.close(said)
-                os.close(say)
-                raise NoNamespace(error.strerror) from error
-        try:
-            pid = os.fork()
-            if pid == 0:
-                _never_return(say, lambda: self._become_warden(line, marker, parent))
-        finally:
-            if self._namespace:
-                kernel.leave_pid_namespace()
-            os.close(say)
+        said, say = os.pipe2(os.O_CLOEXEC)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         with open(said, "rb") as failure:
+            try:
+                with _namespace_for_child() if self._namespace else contextlib.nullcontext():
+                    pid = os.fork()
+                    if pid == 0:
+                        _never_return(say, lambda: self._become_warden(line, marker, parent))
+            finally:
+                os.close(say)
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             why = failure.read().decode(errors="replace")
         if why and self._namespace:
             os.waitpid(pid, 0)
@@ -265,6 +264,18 @@ class Launcher:
                 raise AlreadyRunning(f"launcher {marker.launcher} runs {self._config} already")
             left.add(pid)
         return left - {os.getpid()}
+
+
+@contextlib.contextmanager
+def _namespace_for_child() -> Iterator[None]:
+    try:
+        kernel.enter_pid_namespace()
+    except OSError as error:
+        raise NoNamespace(error.strerror) from error
+    try:
+        yield
+    finally:
+        kernel.leave_pid_namespace()
 
 
 def _forget_signals() -> None:

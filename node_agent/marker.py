@@ -51,7 +51,7 @@ class Marker:
 
     def launcher_lives(self) -> bool:
         """Tell whether the launcher of this marker still runs."""
-        return kernel.start_ticks(self.launcher) == self.started
+        return kernel.start_ticks(self.launcher) == self.started and not kernel.is_dying(self.launcher)
 
 
 def marked(config: str) -> Iterator[tuple[int, Marker]]:

@@ -176,6 +176,7 @@ class Warden:
         self._wakeup = reader, writer
         for signum in (signal.SIGCHLD, signal.SIGHUP, *_STOPS):
             signal.signal(signum, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self._selector.register(reader, selectors.EVENT_READ, self._signalled)
 
     def _signalled(self) -> None:
@@ -329,9 +330,13 @@ class Warden:
             tell(protocol.Stop(mode=self._stop))
 
     def _pid_on_host(self, pid: int) -> int:
+        """Return the pid by which the host knows a child; 0 if that cannot be found out."""
         if self._host_proc is None:
             return pid
-        return kernel.host_pid(pid, self._host_proc)
+        try:
+            return kernel.host_pid(pid, self._host_proc)
+        except OSError:
+            return 0
 
 
 def _raise_file_limit() -> None:

@@ -128,18 +128,18 @@ class Agent:
         return self.hello.hang_limit if self.state is State.GREETED else HELLO_WITHIN
 
     def _start(self, now: float) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._started = self._petted = now
-        argv = [*self._argv, "--control-fd", str(theirs.fileno())]
         try:
-            pid = self._birth.agent(argv, theirs.fileno())
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs, contextlib.ExitStack() as on_failure:
+                on_failure.callback(ours.close)
+                argv = [*self._argv, "--control-fd", str(theirs.fileno())]
+                pid = self._birth.agent(argv, theirs.fileno())
+                on_failure.pop_all()
         except OSError as error:
             kernel.complain(f"warden: no process for the agent: {error.strerror}")
-            ours.close()
             self._due = now + FORK_AGAIN
             return
-        finally:
-            theirs.close()
         ours.setblocking(False)
         self.generation += 1
         self.pid, self.state, self._socket = pid, State.SILENT, ours

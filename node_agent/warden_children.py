@@ -13,6 +13,7 @@ before its worker ended cannot be told from others; it dies with the warden.
 from __future__ import annotations
 
 import os
+import resource
 import selectors
 import signal
 from collections import Counter
@@ -27,6 +28,8 @@ from node_agent.warden_spawn import Birth, Forked
 
 SWEEP_AGAIN = 0.01
 """Seconds until the next look at an ended worker of which something was left."""
+SPARE_FILES = 64
+"""Descriptors that workers never get: without one the warden cannot see what a worker has left behind."""
 USER_CAPABILITIES = (kernel.CAP_KILL, kernel.CAP_SETGID, kernel.CAP_SETUID)
 """What it takes to run a worker as another user, and to be able to kill it then."""
 
@@ -101,6 +104,7 @@ class Children:
         self._leaving: list[_Worker] = []
         self._in_use: Counter[int] = Counter()
         self._may_change_user = kernel.has_capabilities(*USER_CAPABILITIES)
+        self._room = resource.getrlimit(resource.RLIMIT_NOFILE)[1] - SPARE_FILES
 
     # What there is.
 
@@ -230,6 +234,8 @@ class Children:
             return f"{start.name} has a global name, so it needs a lease"
         if not self._leases.holds(start.lease, now):
             return f"lease {start.lease:x} is unknown or over"
+        if len(self._alive) >= self._room:
+            return f"{len(self._alive)} workers are all that the limit of open files allows"
         if before is not None and before.state != "gone":
             return f"{start.child} still runs as pid {before.host_pid} (start {before.start.start})"
         if start.epoch < epoch:

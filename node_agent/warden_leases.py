@@ -8,6 +8,7 @@ warden. Moments are CLOCK_BOOTTIME in seconds.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from math import inf
 
 
 class Leases:
@@ -23,12 +24,9 @@ class Leases:
 
     def raise_deadline(self, lease: int, deadline: float, now: float) -> bool:
         """Let ``lease`` last until ``deadline``; False if that is not possible any more."""
-        if (
-            lease == 0
-            or lease in self._over
-            or deadline <= now
-            or self._deadlines.get(lease, deadline) <= now
-        ):
+        if lease == 0 or lease in self._over or not now < deadline < inf:
+            return False
+        if self._deadlines.get(lease, deadline) <= now:
             return False
         self._deadlines[lease] = max(deadline, self._deadlines.get(lease, deadline))
         return True

@@ -158,6 +158,26 @@ async def test_a_launcher_that_may_not_make_a_namespace_is_partial(tmp_path: Pat
         assert (await herd.agent()).link.welcome.containment == "partial"
 
 
+async def test_no_privilege_is_needed_but_for_other_users_and_a_namespace(tmp_path: Path) -> None:
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"]
+    async with Herd(tmp_path, wrapper=drop if os.geteuid() == 0 else ()) as herd:
+        agent = await herd.agent()
+        deadline = kernel.boottime() + 0.5
+        agent.link.raise_deadline(5, deadline)
+        left = token()
+        job = shell(
+            "job", f"setsid sh -c 'sleep {left} &'; exec sleep {token()}", name="job", lease=5, epoch=1
+        )
+        pid = (await agent.started(job)).pid
+        await until(lambda: bool(running(left)))
+        assert await death(pid) >= deadline
+        assert isinstance(await agent.next(), protocol.Exited)
+        assert isinstance(await agent.next(), protocol.Gone)
+        assert running(left) == []
+        await agent.link.shutdown()
+        assert await herd.exit_code() == 0
+
+
 @pytest.mark.root
 async def test_another_user_is_refused_without_the_capabilities_for_it(tmp_path: Path) -> None:
     async with Herd(tmp_path, wrapper=["setpriv", "--bounding-set=-setuid", "--"]) as herd:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
+import sys
 
 import pytest
 
@@ -144,7 +145,28 @@ async def test_nonsense_from_the_agent_is_ignored(full: Herd) -> None:
     agent = await full.agent()
     for packet in (b"nonsense", b'{"is":"Forget","lease":"x"}', b'{"is":"Later"}'):
         agent.link._socket.send(packet)
-    assert isinstance(await agent.answer(shell("job", "exit 0")), protocol.Started)
+    job = start("job", "sleep", token())
+    await agent.started(job)
+    agent.link.signal(job.worker, 999)
+    agent.link.signal(job.worker, 2**70)
+    agent.link.signal("no such worker", signal.SIGTERM)
+    agent.link.raise_deadline(5, float("inf"))
+    agent.link.forget_lease(0)
+    answer = await agent.answer(shell("other", "exit 0", env={"KEY": "nul\0"}))
+    assert isinstance(answer, protocol.StartFailed)
+    assert isinstance(await agent.answer(shell("other", "exit 0")), protocol.Started)
+
+
+async def test_the_warden_has_one_thread_and_its_image_starts_none(full: Herd) -> None:
+    warden = (await full.agent()).link.welcome.warden_pid
+    assert os.listdir(f"/proc/{warden}/task") == [str(warden)]
+    script = (
+        "from node_agent.preload import *; import os;"
+        "print(repr(Image().fill(AGENT_ENTRY, WORKER_ENTRY)), len(os.listdir('/proc/self/task')))"
+    )
+    image = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await image.communicate()
+    assert printed == b"'' 1\n"
 
 
 async def test_the_link_reports_the_death_of_the_warden(full: Herd) -> None:

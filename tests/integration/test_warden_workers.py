@@ -207,6 +207,27 @@ async def test_a_worker_is_gone_only_after_its_grandchildren(herd: Herd) -> None
     assert set(left) & set(kernel.processes()) == set()
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param('setsid sh "$0" "$1" & exit', id="hops from process to process"),
+        pytest.param('while :; do setsid sh -c "sleep $1 &"; done', id="leaves one daemon after another"),
+        pytest.param('sleep "$1" & setsid sh "$0" "$1" & wait', id="goes ever deeper"),
+    ],
+)
+async def test_nothing_is_left_of_a_worker_that_runs_away(herd: Herd, tmp_path: Path, script: str) -> None:
+    agent = await herd.agent()
+    marker, path = token(), tmp_path / "run-away"
+    path.write_text(f"ulimit -u 500; {script}\n")
+    wanted = shell("job", f"sh {path} {marker} & exec sleep {marker}")
+    await agent.started(wanted)
+    await until(lambda: len(running(marker)) >= 2)
+    agent.link.kill(wanted.worker)
+    assert isinstance(await agent.next(), protocol.Exited)
+    assert isinstance(await agent.next(), protocol.Gone)
+    assert running(marker) == []
+
+
 async def test_kill_reaches_descendants_that_wiped_their_environment(herd: Herd) -> None:
     agent = await herd.agent()
     hidden = token()
@@ -320,15 +341,17 @@ async def test_what_a_behaviour_leaves_behind_is_found_by_its_marker(herd: Herd,
 
 async def test_two_hundred_workers_start_and_stop(full: Herd) -> None:
     agent = await full.agent()
+    descriptors = f"/proc/{agent.link.welcome.warden_pid}/fd"
+    before = len(os.listdir(descriptors))
     starts = [start(f"job{number}", "sleep", token()) for number in range(200)]
     answers = await asyncio.gather(*(agent.answer(each) for each in starts))
     assert {type(answer) for answer in answers} == {protocol.Started}
     for each in starts:
         agent.link.signal(each.worker, signal.SIGTERM)
     ended = [await agent.next() for _ in range(400)]
-    assert {each.worker for each in ended if isinstance(each, protocol.Gone)} == {
-        each.worker for each in starts
-    }
+    gone = {each.worker for each in ended if isinstance(each, protocol.Gone)}
+    assert gone == {each.worker for each in starts}
+    assert len(os.listdir(descriptors)) == before
 
 
 async def test_a_start_that_is_not_awaited_any_more_is_killed(full: Herd) -> None:

@@ -107,8 +107,8 @@ class Agent:
     async def output(self, child: str, wanted: str) -> str:
         """Wait until ``child`` has written ``wanted``; return all it wrote."""
         async with asyncio.timeout(WITHIN):
-            while wanted.encode() not in (tail := await self.link.output(child, 1 << 20)).data:
-                await asyncio.sleep(0.002)  # noqa: ASYNC110 - what a command prints announces nothing
+            while wanted.encode() not in (tail := await self.link.output(child, 1 << 20)).data:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
         return tail.data.decode()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import inf, nan
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +57,12 @@ def test_a_deadline_in_the_past_founds_no_lease() -> None:
     leases = Leases()
     assert not leases.raise_deadline(7, 1.0, now=1.0)
     assert list(leases) == []
+
+
+@pytest.mark.parametrize("deadline", [inf, nan, -inf])
+def test_a_deadline_that_is_no_moment_founds_no_lease(deadline: float) -> None:
+    leases = Leases()
+    assert not leases.raise_deadline(7, deadline, now=1.0)
 
 
 def test_the_earliest_deadline_is_that_of_the_leases_asked_about() -> None:
