@@ -23,6 +23,7 @@ from registry.errors import HerdError, StoreError
 from registry.names import Bidder, Claimed, ClaimRequest, Names, Refusal, Taken
 from registry.ownership import Owner
 from registry.placement import Candidate, explain, rank
+from registry.specs import SpecRecord
 
 STAGGER = 0.3
 """Seconds by which each further host of the order waits longer."""
@@ -192,42 +193,44 @@ class Claims:
         return verdicts
 
     async def _claim(self, due: list[Due]) -> None:
-        sure = await asyncio.gather(*(self._is_gone(d.name) for d in due))
-        batch = [d for d, gone in zip(due, sure, strict=True) if gone]
+        # Wish and placement as the decision was made on: asking about the last owner takes a moment, in
+        # which they may change, and etcd refuses the claim then.
+        wanted = {item.name: self._directory.specs[item.name] for item in due}
+        requests = [self._request(wanted[item.name]) for item in due]
+        sure = await asyncio.gather(*(self._is_gone(item.name) for item in due))
+        batch = [both for both, gone in zip(zip(due, requests, strict=True), sure, strict=True) if gone]
         if not batch:
             return
-        requests = []
-        for item in batch:
-            placement = self._directory.placements.get(item.name)
-            requests.append(
-                ClaimRequest(
-                    name=item.name,
-                    claim=uuid.uuid4().hex,
-                    spec_revision=self._directory.specs[item.name].mod_revision,
-                    placement_revision=placement.mod_revision if placement else 0,
-                )
-            )
-        self.pending |= {item.name for item in batch}
+        names = {item.name for item, _ in batch}
+        self.pending |= names
         try:
-            answers = await self._names.claim_many(requests, self._bidder())
+            answers = await self._names.claim_many([request for _, request in batch], self._bidder())
         except StoreError as error:
-            for item in batch:
-                self._hold(item.name, f"etcd did not answer: {error}")
+            for name in names:
+                self._hold(name, f"etcd did not answer: {error}")
             return
         finally:
-            self.pending -= {item.name for item in batch}
-        for item, answer in zip(batch, answers, strict=True):
+            self.pending -= names
+        for (item, _), answer in zip(batch, answers, strict=True):
             match answer:
                 case Claimed():
                     self._emit(events.NameClaimed(name=item.name, epoch=answer.epoch, why=item.why))
                     ownership = Ownership(item.name, answer.epoch, answer.claim, self._node, self._lease)
-                    wish = self._wishes.read(self._directory.specs[item.name])
-                    self._granted(wish, ownership)
+                    self._granted(self._wishes.read(wanted[item.name]), ownership)
                 case Taken():
                     self._emit(events.ClaimLost(name=item.name, why=f"{answer.owner.host} was quicker"))
                     self._hold(item.name, "")
                 case Refusal():
                     self._hold(item.name, answer.why.value)
+
+    def _request(self, wish: SpecRecord) -> ClaimRequest:
+        placement = self._directory.placements.get(wish.name)
+        return ClaimRequest(
+            name=wish.name,
+            claim=uuid.uuid4().hex,
+            spec_revision=wish.mod_revision,
+            placement_revision=placement.mod_revision if placement else 0,
+        )
 
     def _bidder(self) -> Bidder:
         return Bidder(

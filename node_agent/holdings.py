@@ -142,6 +142,8 @@ class Holdings:
     def _granted(self, wish: Wish, ownership: Ownership) -> None:
         assert wish.spec is not None
         self._supervisor.run_child(wish.spec, ownership=ownership)
+        # The wish may have changed since the claim was sent.
+        self._spec_changed(wish.name, self._directory.specs.get(wish.name))
 
     # While it lasts.
 
