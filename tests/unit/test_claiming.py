@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from node_agent.claims import Claims
-from node_agent.lifecycle import Ownership
+from node_agent.states import Ownership
 from node_agent.wishes import Wish, Wishes
 from registry.clock import SYSTEM_CLOCK
 from registry.directory import Directory
