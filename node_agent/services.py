@@ -25,7 +25,7 @@ from registry.names import did_you_mean, validate
 from registry.ownership import WorkerState
 from registry.peers import Peers
 from registry.specs import Desired, SpecResult, Specs, What
-from registry.store import Store
+from registry.store import MemberStatus, Store
 from registry.v1 import cluster_pb2, cluster_pb2_grpc, supervision_pb2, supervision_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -267,8 +267,7 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
         tail = await self._link.output(request.name, LOG_TAIL)
         data, dropped = tail.data, tail.dropped
         if request.lines:
-            kept = b"".join(data.splitlines(keepends=True)[-request.lines :])
-            data, dropped = kept, dropped + len(data) - len(kept)
+            data, dropped = b"".join(data.splitlines(keepends=True)[-request.lines :]), 0
         yield supervision_pb2.LogsChunk(data=data, dropped=dropped)
         if request.follow:
             async for piece in self._link.follow(request.name):
@@ -294,16 +293,21 @@ class Cluster(cluster_pb2_grpc.ClusterServicer):
     async def Status(
         self, request: cluster_pb2.StatusRequest, context: Context
     ) -> cluster_pb2.StatusResponse:
-        members, databases = await asyncio.gather(
-            self._store.members(), probe_databases(self._view.config.databases, self._view.config.cluster)
-        )
-        return self._view.status(members, databases)
+        return self._view.status(*await self._look_around())
+
+    async def _look_around(
+        self,
+    ) -> tuple[tuple[MemberStatus, ...], tuple[cluster_pb2.DatabaseStatus, ...]]:
+        config = self._view.config
+        return await asyncio.gather(self._store.members(), probe_databases(config.databases, config.cluster))
 
     async def Nodes(self, request: cluster_pb2.NodesRequest, context: Context) -> cluster_pb2.NodesResponse:
         return self._view.nodes()
 
     async def Why(self, request: cluster_pb2.WhyRequest, context: Context) -> cluster_pb2.WhyResponse:
-        return self._view.why(request.name)
+        if request.name:
+            return self._view.why(request.name)
+        return self._view.why_not_well(*await self._look_around())
 
     async def Wait(self, request: cluster_pb2.WaitRequest, context: Context) -> cluster_pb2.WaitResponse:
         return await self._wait(request)

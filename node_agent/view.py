@@ -142,24 +142,26 @@ class View:
         return cluster_pb2.NodesResponse(nodes=nodes, in_sync=directory.in_sync)
 
     def why(self, name: str) -> cluster_pb2.WhyResponse:
-        """Explain one name, or with an empty one everything that is not well."""
-        lines = self._explain(name) if name else self._explain_all()
+        """Explain one name, from memory."""
+        return self._explanation(explaining.explain(self._facts(name), self.log.about(name)))
+
+    def why_not_well(
+        self, members: tuple[MemberStatus, ...], databases: tuple[cluster_pb2.DatabaseStatus, ...]
+    ) -> cluster_pb2.WhyResponse:
+        """Explain everything that is not well."""
+        lines = [explaining.Line(problem) for problem in self.problems(members, databases)]
+        for name in sorted(self.directory.specs):
+            if self._problem_of(name):
+                lines += explaining.explain(self._facts(name), ())
+        return self._explanation(lines or [explaining.Line("all is well", "pgherd status")])
+
+    def _explanation(self, lines: list[explaining.Line]) -> cluster_pb2.WhyResponse:
         return cluster_pb2.WhyResponse(
             caveat=""
             if self.directory.in_sync
             else f"from memory: no news from etcd {self.directory.stale_since}",
             lines=[cluster_pb2.WhyLine(at=line.at, what=line.what, **{"try": line.hint}) for line in lines],
         )
-
-    def _explain_all(self) -> list[explaining.Line]:
-        lines = [explaining.Line(problem) for problem in self.problems((), ())]
-        names = [name for name in sorted(self.directory.specs) if self._problem_of(name)]
-        for name in names:
-            lines += explaining.explain(self._facts(name), ())
-        return lines or [explaining.Line("all is well", "pgherd status")]
-
-    def _explain(self, name: str) -> list[explaining.Line]:
-        return explaining.explain(self._facts(name), self.log.about(name))
 
     def _facts(self, name: str) -> explaining.Facts:
         directory, holdings = self.directory, self.membership.holdings

@@ -22,6 +22,7 @@ from registry import wire
 from registry.alarm import NEVER, Alarm
 from registry.clock import Boottime, Clock
 from registry.errors import HerdError, Invalid, Overloaded, UnknownOutcome, Unreachable
+from registry.grpc_words import plain
 from registry.v1 import messages_pb2 as pb
 
 Reply: TypeAlias = Callable[[pb.Frame], None]
@@ -290,4 +291,4 @@ class _Ended(Exception):
 async def _raise_ended(stream: Stream) -> NoReturn:
     stream.cancel()
     code, details = await stream.code(), await stream.details()
-    raise _Ended(f"{code.name}: {details}" if details else code.name)
+    raise _Ended(plain(details or "") or code.name)

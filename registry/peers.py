@@ -139,7 +139,8 @@ class Peers:
         peer.try_at = self._clock.now() + min(FIRST_BACKOFF * 2 ** (peer.failures - 1), LONGEST_BACKOFF)
         peer.why = link.why
         peer.link = peer.task = None
-        if self._running:
+        if self._running and peer.failures == 1:
+            # The first of a series: a peer that is down is tried again and again.
             self._emit(LinkDropped(peer=link.peer, why=link.why))
 
     def _changed(self, change: Change) -> None:

@@ -99,10 +99,9 @@ def logs(invocation: Invocation, name: str, follow: bool, lines: int) -> None:
     """Print what a worker wrote: its last 1 MiB, also after a crash."""
     with connect(invocation) as agent:
         request = LogsRequest(name=name, follow=follow, lines=lines)
-        # What comes before the last lines was not asked for.
-        missing = "" if lines else "earlier bytes are not kept any more"
+        missing = "earlier bytes are not kept any more"
         for chunk in agent.follow(agent.supervision.Logs, request):
-            if chunk.dropped and missing:
+            if chunk.dropped:
                 click.echo(f"pgherd: {chunk.dropped} {missing}", err=True)
             missing = "bytes are missing here: they came faster than they were read"
             if invocation.json:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from grpc import StatusCode
 
 from registry.errors import LeaseNotFound, StoreCompacted, StoreDenied, StoreError
+from registry.grpc_words import plain
 
 
 class Kind(enum.Enum):
@@ -67,7 +68,8 @@ AUTH_NOT_ENABLED = "authentication is not enabled"
 
 def judge(code: StatusCode, details: str) -> Failure:
     """Return what a gRPC status means for the request it answers."""
-    text = f"{code.name}: {details}"
+    said = plain(details)
+    text = said if said != details else f"{code.name}: {details}"
     for row_code, fragment, kind in _TABLE:
         if code is row_code and fragment.lower() in details.lower():
             return Failure(kind, text)
