@@ -161,7 +161,9 @@ class Router:
                 self._pass_on(request)
 
     def close(self) -> None:
-        """Refuse what waits, and everything from now on that would have to wait."""
+        """Refuse what waits, and everything from now on that would have to wait; twice is fine."""
+        if self._closed:
+            return
         self._closed = True
         self._unsubscribe()
         self._alarm.stop()

@@ -181,6 +181,10 @@ class Herd:
         spec = SpecRecord(name=name, toml="", desired=desired, who="test", at=0.0, digest="")
         self.store.put(PREFIX + SPECS + name, encode_spec(spec))
 
+    def undeclare(self, name: str) -> None:
+        """Delete a spec."""
+        self.store.delete(PREFIX + SPECS + name)
+
     def own(self, name: str, agent: Agent, state: WorkerState | None = WorkerState.READY) -> int:
         """Make an agent the owner of a name; return the epoch."""
         owner = encode_owner(node=agent.node, host=agent.host, claim=uuid.uuid4().hex, incarnation=0)

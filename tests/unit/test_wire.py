@@ -12,7 +12,7 @@ from registry import wire
 from registry.errors import REASONS, DaemonError, HerdError, Invalid, Outcome, Overloaded, UnknownOutcome
 from registry.v1 import messages_pb2 as pb
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
 DETAILS = st.dictionaries(TEXT.filter(lambda key: key not in ("outcome", "hint")), TEXT, max_size=4)
 CLASSES = st.sampled_from([row.error for row in REASONS])
 BODIES = st.one_of(TEXT, st.binary(max_size=300))
