@@ -14,6 +14,9 @@ of a container: then the launcher runs below an init that takes the container do
 what a former one left behind is killed.  User namespaces would give full containment to everybody, but they
 break set-uid programs and ``user =`` for the workers, so they are not used.
 
+In the namespace pids are small numbers of its own: pid files, ``$$`` and postmaster.pid show those,
+``pgherd`` shows the host's.  Who needs daemons to know their host pid runs with ``--partial``.
+
 Imports little: this process stays small, and no upgrade replaces it while the service runs.
 """
 
