@@ -21,7 +21,7 @@ from registry.clock import Boottime, Clock
 from registry.directory import Change, Directory
 from registry.errors import HerdError, StoreError
 from registry.names import Bidder, Claimed, ClaimRequest, Names, Refusal, Taken
-from registry.ownership import Owner
+from registry.ownership import Owner, PlacementRecord
 from registry.placement import Candidate, explain, rank
 from registry.specs import SpecRecord
 
@@ -31,7 +31,7 @@ RETRY = 0.25
 """Seconds after a claim that etcd did not answer or that was refused as out of date."""
 RESCHEDULE_BASE = 30.0
 RESCHEDULE_CAP = 3600.0
-"""A host that gave a name up waits 30 s, doubled each time up to 1 h, when no other host can take it."""
+"""When every host has given a name up it waits 30 s, doubled with each further round up to 1 h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,11 @@ def decide(
     if loss is not None and not loss.clean and wish.spec.lock_delay:
         at += wish.spec.lock_delay
         why += f", lock_delay {wish.spec.lock_delay:g} s"
-    if place == 0 and (penalty := penalties.get(host, 0)):
+    if penalty := penalties.get(order[0], 0):
+        # The least penalised has one: no host is left on which it was not given up.
         wait = min(RESCHEDULE_BASE * 2 ** (penalty - 1), RESCHEDULE_CAP)
         at += wait
-        why += f", was given up here {penalty} times: {wait:g} s"
+        why += f", was given up on every host, on {order[0]} {penalty} times: {wait:g} s"
     return Due(name, at, why)
 
 
@@ -183,7 +184,7 @@ class Claims:
                 self._wishes.read(directory.specs[name]),
                 self._host,
                 candidates,
-                record.penalties if record else {},
+                penalties_of(record, directory.specs[name]),
                 self._since.setdefault(name, now),
                 self._losses.get(name),
             )
@@ -268,6 +269,11 @@ class Claims:
             )
         )
         return False
+
+
+def penalties_of(placed: PlacementRecord | None, wish: SpecRecord) -> Mapping[str, int]:
+    """Return how often each host gave the name up; none when the wish has changed since the last release."""
+    return {} if placed is None or placed.mod_revision < wish.mod_revision else placed.penalties
 
 
 def candidates_of(directory: Directory) -> tuple[Candidate, ...]:

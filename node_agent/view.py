@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from node_agent import why as explaining
 from node_agent.child import Command
 from node_agent.children_dir import OwnChildren
-from node_agent.claims import candidates_of
+from node_agent.claims import candidates_of, penalties_of
 from node_agent.lifecycle import Child
 from node_agent.membership import Membership, Phase
 from node_agent.states import State
@@ -171,7 +171,7 @@ class View:
         owner = directory.lookup(name)
         ranking = (
             placement.explain(
-                name, wish.spec.constraints, candidates_of(directory), placed.penalties if placed else {}
+                name, wish.spec.constraints, candidates_of(directory), penalties_of(placed, wish.record)
             )
             if wish is not None and wish.spec is not None and owner is None
             else ()

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from node_agent.child import parse
-from node_agent.claims import RESCHEDULE_BASE, RESCHEDULE_CAP, STAGGER, Due, Loss, NotHere, decide
+from node_agent.claims import (
+    RESCHEDULE_BASE,
+    RESCHEDULE_CAP,
+    STAGGER,
+    Due,
+    Loss,
+    NotHere,
+    decide,
+    penalties_of,
+)
 from node_agent.wishes import Wish
-from registry.ownership import Owner
+from registry.ownership import Owner, PlacementRecord
 from registry.placement import Candidate
 from registry.specs import Desired, SpecRecord
 
@@ -59,6 +69,22 @@ def test_a_name_that_every_host_gave_up_waits_longer_each_time() -> None:
     often = due("beta", wish(PREFER), penalties={"alpha": 20, "beta": 20, "gamma": 20})
     assert once.at == 100.0 + RESCHEDULE_BASE
     assert often.at == 100.0 + RESCHEDULE_CAP
+
+
+def test_no_host_goes_first_when_every_one_gave_up() -> None:
+    """Else the second in order starts it at once, and it crashes round and round."""
+    times = {
+        host: due(host, wish(PREFER), penalties={"alpha": 2, "beta": 1, "gamma": 7}).at
+        for host in ("beta", "alpha", "gamma")
+    }
+    assert times == {host: 100.0 + RESCHEDULE_BASE + place * STAGGER for place, host in enumerate(times)}
+
+
+def test_a_changed_wish_is_tried_at_once_wherever_the_former_one_failed() -> None:
+    placed = PlacementRecord(name=NAME, penalties={"alpha": 3}, mod_revision=5)
+    assert penalties_of(placed, replace(wish().record, mod_revision=4)) == {"alpha": 3}
+    assert penalties_of(placed, replace(wish().record, mod_revision=6)) == {}
+    assert penalties_of(None, wish().record) == {}
 
 
 def test_a_host_that_gave_up_comes_after_those_that_did_not() -> None:
