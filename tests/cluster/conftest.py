@@ -39,8 +39,10 @@ async def herd(cluster: Cluster, observer: Observer) -> AsyncIterator[Herd]:
     herd = Herd(cluster, observer)
     await herd.ready()
     try:
-        yield herd
-        await herd.heal()
+        try:
+            yield herd
+        finally:
+            await herd.heal()
         violations = await asyncio.to_thread(herd.violations)
         assert not violations, "\n".join(map(str, violations))
     finally:

@@ -20,6 +20,7 @@ from tests.cluster.checker import Violation, check
 from tests.cluster.history import NOBODY, Call, Commit, History, Life, Token
 from tests.cluster.nemesis import Nemesis
 from tests.cluster.observer import Observer
+from tests.support.etcd import Member
 from tests.support.hosts import TTL, Cluster, Host, eventually
 from tests.support.proxy import Mode
 
@@ -127,6 +128,26 @@ class Herd:
             cluster_pb2_grpc.ClusterStub(client.channel).Why, cluster_pb2.WhyRequest(name=name)
         )
         return "\n".join([answer.caveat, *(line.what for line in answer.lines)])
+
+    async def says(self, name: str, *words: str, via: str = "", within: float = 10.0) -> None:
+        """Wait until an agent says all these words about a name."""
+        said = ""
+        try:
+            async with asyncio.timeout(within):
+                while True:
+                    said = await self.why(name, via=via)
+                    if all(word in said for word in words):
+                        return
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"not within {within:g} s: {words} in\n{said}") from None
+
+    async def unowned(self, *names: str, within: float = RESTART) -> None:
+        """Wait until none of these names has an owner."""
+        client = await self.client()
+        async with asyncio.timeout(within):
+            while any(each.epoch for each in await client.names() if each.name in names):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
     async def whereis(self, name: str, via: str = "") -> Whereabouts:
         return await (await self.client(via)).whereis(name)
@@ -262,10 +283,10 @@ class Herd:
         """Undo every fault, remove every spec, and wait until nothing runs any more."""
         self.nemesis.resume_all()
         for member in self.cluster.etcd.members:
-            assert member.process is not None
             member.resume()
-            if member.process.poll() is not None:
-                member.start(self.cluster.etcd.initial, self.cluster.etcd.options)
+        await self.start_members(
+            *(m for m in self.cluster.etcd.members if m.process and m.process.poll() is not None)
+        )
         await asyncio.to_thread(self.cluster.etcd.wait_healthy)
         for host in self.hosts.values():
             self.cluster.network(host, Mode.PASS)
@@ -281,12 +302,18 @@ class Herd:
             except NoSuchName:
                 continue
         await eventually(lambda: not self.observer.alive(), 20.0, f"all end: {self.observer.alive()}")
-        await self._nothing_owned(client)
+        await self.unowned(*(each.name for each in await client.names()), within=10.0)
 
-    async def _nothing_owned(self, client: Client) -> None:
-        async with asyncio.timeout(10.0):
-            while any(name.epoch for name in await client.names()):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+    async def leader(self) -> Member:
+        """Return the etcd member that leads; all must be up."""
+        return await asyncio.to_thread(self.cluster.etcd.leader)
+
+    async def start_members(self, *members: Member) -> None:
+        """Start members that were killed; return when they take part."""
+        for member in members:
+            # Here and not in a thread: it dies with the thread that started it.
+            member.start(self.cluster.etcd.initial, self.cluster.etcd.options)
+        await asyncio.to_thread(self.cluster.etcd.wait_healthy, *members)
 
     async def close(self) -> None:
         await self._open.aclose()

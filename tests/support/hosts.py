@@ -39,6 +39,7 @@ schema = 1
 cluster = "{cluster}"
 host = "{host}"
 run_dir = "{run_dir}"
+labels = {{ only = "{host}" }}
 
 [etcd]
 endpoints = {endpoints}
