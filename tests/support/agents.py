@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from registry import wire
 from registry.clock import SYSTEM_CLOCK, Boottime
@@ -37,7 +38,7 @@ from registry.ownership import (
 from registry.peers import Peers
 from registry.router import Router
 from registry.security import channel
-from registry.server import Server
+from registry.server import Server, Service
 from registry.specs import Desired, SpecRecord, encode_spec
 from registry.v1 import messages_pb2 as pb
 from tests.support.memory_store import MemoryStore
@@ -115,8 +116,9 @@ class Agent:
         """host:port of its gRPC service."""
         return f"127.0.0.1:{self.port}"
 
-    def _new_server(self) -> Server:
+    def _new_server(self, services: Sequence[Service] = ()) -> Server:
         return Server(
+            services=services,
             router=self.router,
             peers=self.peers,
             directory=self.directory,
@@ -143,14 +145,18 @@ class Agent:
         self._herd.store.put(PREFIX + NODES + self.node, encode_node(record))
         await self.directory.synced()
 
-    async def listen(self) -> None:
-        """Start the server, at the same port as before if there was one."""
-        self.port = await self._server.start(None, ListenConfig(grpc=f"127.0.0.1:{self.port}"))
+    async def listen(self, path: Path | None = None) -> None:
+        """Start the server, at the same port as before if there was one, and at ``path``."""
+        self.port = await self._server.start(path, ListenConfig(grpc=f"127.0.0.1:{self.port}"))
 
-    async def deafen(self) -> None:
-        """Close the port and every connection, as a crash of the agent does."""
+    async def serve_at(self, listen: ListenConfig) -> None:
+        """Start the server somewhere else."""
+        self.port = await self._server.start(None, listen)
+
+    async def deafen(self, services: Sequence[Service] = ()) -> None:
+        """Close the port and every connection, as a crash does; the next server has ``services``."""
         await self._server.stop(0)
-        self._server = self._new_server()
+        self._server = self._new_server(services)
 
     async def stop(self) -> None:
         """End it; the registry is not told."""
