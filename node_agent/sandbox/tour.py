@@ -107,7 +107,7 @@ class Tour:
 
     async def _kill_worker(self, before: Whereabouts) -> Whereabouts:
         async with Client(self._sandbox.hosts[before.host].target) as herd:
-            await herd.ask(NAME, "status")
+            await _swept(herd)
             with _Watch() as watch:
                 os.kill(before.pid, signal.SIGKILL)
                 answer = await _answer(herd, lambda a: a.start > before.start)
@@ -125,6 +125,7 @@ class Tour:
         pid = host.pid
         other = next(h for h in sandbox.hosts.values() if h is not host)
         async with Client(other.target) as herd:
+            await _swept(herd)
             with _Watch() as watch:
                 await sandbox.kill_host(host)
                 sandbox.point_at_a_living_host()
@@ -260,6 +261,11 @@ async def _answer(herd: Client, good: Callable[[Answer], bool]) -> Answer:
             if good(answer):
                 return answer
     raise AssertionError
+
+
+async def _swept(herd: Client) -> None:
+    """Wait until the present process has deleted something: its rows must be found in the books later."""
+    await _answer(herd, lambda a: a.value["deleted"] > 0)
 
 
 async def _patiently(what: str) -> AsyncIterator[None]:
