@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +35,17 @@ class Row:
         return (
             self.metric, _number(self.value), self.unit, self.reference, reference, ratio, self.bar, verdict,
         )  # fmt: skip
+
+
+def at_most(
+    metric: str, ours: Sequence[float], unit: str, bar: float, reference: str, its: Sequence[float]
+) -> dict[str, Any]:
+    """Return the fields of a row: the medians, and whether ours is not above ``bar``."""
+    value, other = statistics.median(ours), statistics.median(its)
+    return {
+        "metric": metric, "value": value, "unit": unit, "reference": reference, "reference_value": other,
+        "ratio": value / other if other > 0 else None, "bar": f"<= {bar:g}", "ok": value <= bar,
+    }  # fmt: skip
 
 
 def _number(value: float | None) -> str:
