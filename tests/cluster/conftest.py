@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -49,5 +48,4 @@ async def herd(cluster: Cluster, observer: Observer) -> AsyncIterator[Herd]:
         await herd.close()
         observer.forget()
         for host in cluster.hosts.values():
-            text = host.log.read_text(errors="replace")[logged[host.name] :]
-            sys.stdout.write(f"-- log of {host.name}\n{text}\n")
+            herd.print_log(host, logged[host.name])

@@ -279,20 +279,25 @@ class Herd:
                 host.start()
         await asyncio.gather(*(host.ready() for host in self.hosts.values()))
 
-    async def heal(self) -> None:
-        """Undo every fault, remove every spec, and wait until nothing runs any more."""
+    async def restore(self) -> None:
+        """Undo every fault; return when all hosts are members again."""
         self.nemesis.resume_all()
-        for member in self.cluster.etcd.members:
+        etcd = self.cluster.etcd
+        for member in etcd.members:
             member.resume()
         await self.start_members(
-            *(m for m in self.cluster.etcd.members if m.process and m.process.poll() is not None)
+            *(each for each in etcd.members if each.process and each.process.poll() is not None)
         )
-        await asyncio.to_thread(self.cluster.etcd.wait_healthy)
+        await asyncio.to_thread(etcd.wait_healthy)
         for host in self.hosts.values():
             self.cluster.network(host, Mode.PASS)
         if self.cluster.postgres is not None and not self.cluster.postgres.running:
             await self.cluster.postgres.start()
         await self.ready()
+
+    async def heal(self) -> None:
+        """Undo every fault, remove every spec, and wait until nothing runs any more."""
+        await self.restore()
         client = await self.client()
         supervision = supervision_pb2_grpc.SupervisionStub(client.channel)
         answer = await client.rpc(supervision.Specs, supervision_pb2.SpecsRequest())
@@ -303,6 +308,12 @@ class Herd:
                 continue
         await eventually(lambda: not self.observer.alive(), 20.0, f"all end: {self.observer.alive()}")
         await self.unowned(*(each.name for each in await client.names()), within=10.0)
+
+    def print_log(self, host: Host, since: int = 0) -> None:
+        """Print what a host has said, for whoever reads why a test failed."""
+        if host.log.exists():
+            text = host.log.read_text(errors="replace")[since:]
+            sys.stdout.write(f"-- log of {host.name}\n{text}\n")
 
     async def leader(self) -> Member:
         """Return the etcd member that leads; all must be up."""

@@ -27,7 +27,7 @@ class Nemesis:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def signal(self, pid: int, number: signal.Signals) -> None:
+    def signal(self, pid: int, number: int) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 

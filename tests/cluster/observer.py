@@ -127,7 +127,8 @@ class Observer:
             self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(worker))
 
     def _hear(self, worker: _Worker) -> None:
-        while True:
+        # Among the ready ones may be one whose end was noticed just before.
+        while worker in self._workers:
             try:
                 packet = worker.connection.recv(65536)
             except BlockingIOError:
@@ -157,11 +158,10 @@ class Observer:
     def _ended(self, worker: _Worker) -> None:
         if worker not in self._workers:
             return
-        self._workers.discard(worker)
-        now = SYSTEM_CLOCK.now()
         self._hear(worker)
+        self._workers.discard(worker)
         if worker.life is not None:
-            self._lives[worker.life] = replace(self._lives[worker.life], ended=now)
+            self._lives[worker.life] = replace(self._lives[worker.life], ended=SYSTEM_CLOCK.now())
         with suppress(KeyError):
             self._selector.unregister(worker.connection)
         self._selector.unregister(worker.pidfd)

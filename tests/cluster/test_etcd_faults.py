@@ -146,7 +146,7 @@ async def test_an_orderly_stop_without_etcd_ends_in_time(herd: Herd) -> None:
     host = herd.hosts["alpha"]
     herd.cluster.network(host, Mode.DEAF)
     assert host.process is not None
-    host.process.send(15)
+    herd.nemesis.signal(host.process.pid, 15)
     assert await asyncio.wait_for(host.process.wait(), 15.0) == 0
     await eventually(lambda: not [x for x in herd.observer.alive() if x.host == "alpha"], 1.0, "all ended")
     await herd.answers(names["alpha"], within=FAILOVER, via="beta")
