@@ -136,18 +136,24 @@ class Claims:
         unsubscribe = self._directory.subscribe(self._changed)
         try:
             while True:
+                while not self._directory.in_sync:
+                    # What it has told meanwhile is looked at then: that it is in sync again is no change.
+                    await self._directory.synced()
                 self._wake.clear()
                 now = self._clock.now()
-                if self._directory.in_sync:
-                    self.verdicts = self._verdicts(now)
+                self.verdicts = self._verdicts(now)
                 due = [v for v in self.verdicts.values() if isinstance(v, Due) and v.at <= now]
-                if due and self._directory.in_sync:
+                if due:
                     await self._claim(due)
                     continue
                 later = [v.at for v in self.verdicts.values() if isinstance(v, Due)]
                 await self._sleep(min(later, default=None))
         finally:
             unsubscribe()
+
+    def look_again(self) -> None:
+        """A name that was held here is not any more."""
+        self._wake.set()
 
     def _changed(self, change: Change) -> None:
         if change.section == "owners" and change.before is not None and change.after is None:
@@ -215,7 +221,7 @@ class Claims:
         for (item, _), answer in zip(batch, answers, strict=True):
             match answer:
                 case Claimed():
-                    self._emit(events.NameClaimed(name=item.name, epoch=answer.epoch, why=item.why))
+                    self._emit(events.NameClaimed(name=item.name, node=self._node, epoch=answer.epoch, why=item.why))
                     ownership = Ownership(item.name, answer.epoch, answer.claim, self._node, self._lease)
                     self._granted(self._wishes.read(wanted[item.name]), ownership)
                 case Taken():

@@ -214,12 +214,16 @@ class Holdings:
         if ownership is not None and ownership.node == self._node:
             self._settling.add(ownership.name)
             self._endings.put_nowait(ending)
+        else:
+            self.claims.look_again()
 
     async def _settle_endings(self) -> None:
         while True:
             ending = await self._endings.get()
             await self._persist(partial(self._settle, ending))
             self._settling.discard(ending.child.key)
+            # The directory has told of the release before: this host did not count as free for it then.
+            self.claims.look_again()
             self._endings.task_done()
 
     async def _settle(self, ending: Ending) -> None:
