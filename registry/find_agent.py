@@ -1,4 +1,4 @@
-"""Which agent a client speaks to when nobody says: the same rules for the command line and for Python."""
+"""Which agent, and which configuration, is meant when nobody says: the same for commands and for Python."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from registry.errors import Unreachable
-from registry.security import target
 
+UNIX = "unix:"
 VARIABLE = "PGHERD_AGENT"
-SANDBOX = Path(".pgherd", "agent")
-"""Below the sandbox's directory: a file with the target of one of its nodes."""
+CONFIG_VARIABLE = "PGHERD_CONFIG"
+SANDBOX = Path(".pgherd")
+"""In the directory of a sandbox: ``agent`` has the target of one of its hosts, ``agent.toml`` is its file."""
 SOCKET = Path("/run/pgherd/agent.sock")
+CONFIG = Path("/etc/pgherd/agent.toml")
+
+
+def target(address: str) -> str:
+    """Return the gRPC target of ``host:port``, ``unix:PATH``, or an absolute path of a socket."""
+    return UNIX + address if address.startswith("/") else address
 
 
 def find_agent(
@@ -28,12 +35,22 @@ def find_agent(
     """
     if named := address or environ.get(VARIABLE):
         return target(named.strip())
+    file = _nearest("agent", directory)
+    return target(_read(file) if file else str(socket))
+
+
+def find_config(*, environ: Mapping[str, str] = os.environ, directory: Path | None = None) -> Path:
+    """Return the agent's configuration: PGHERD_CONFIG, the nearest sandbox's upwards, or this host's."""
+    if named := environ.get(CONFIG_VARIABLE):
+        return Path(named)
+    return _nearest("agent.toml", directory) or CONFIG
+
+
+def _nearest(name: str, directory: Path | None) -> Path | None:
+    """Return a file of the nearest sandbox upwards."""
     start = (directory or Path.cwd()).absolute()
-    for above in (start, *start.parents):
-        file = above / SANDBOX
-        if file.is_file():
-            return target(_read(file))
-    return target(str(socket))
+    files = (above / SANDBOX / name for above in (start, *start.parents))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _read(file: Path) -> str:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import grpc
 
 from registry.errors import Denied
+from registry.find_agent import UNIX, target
 from registry.wire import MAX_BATCH
 
 if TYPE_CHECKING:
     from registry.config import Tls
 
-UNIX = "unix:"
 _LIMITS = (
     ("grpc.max_send_message_length", MAX_BATCH),
     ("grpc.max_receive_message_length", MAX_BATCH),
@@ -46,11 +46,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.max_concurrent_streams", 1_000),
 )
-
-
-def target(address: str) -> str:
-    """Return the gRPC target of ``host:port``, ``unix:PATH``, or an absolute path of a socket."""
-    return UNIX + address if address.startswith("/") else address
 
 
 def is_private(address: str) -> bool:

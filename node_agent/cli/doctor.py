@@ -9,14 +9,13 @@ from pathlib import Path
 import click
 
 from node_agent.cli.checks import Finding, Verdict, examine
-from node_agent.cli.run import config_option
-from registry.cli.invocation import Command, Invocation, pass_invocation
+from registry.cli.invocation import Command, Invocation, config_option, pass_invocation
 from registry.cli.output import print_json, print_table, styled
 from registry.config import Timing, load
 
 
 @click.command(cls=Command)
-@config_option
+@config_option()
 @click.option("--timing", is_flag=True, help="Print the deadlines that follow from the lease, check nothing.")
 @pass_invocation
 def doctor(invocation: Invocation, config: Path, timing: bool) -> int:

@@ -9,23 +9,12 @@ from pathlib import Path
 import click
 
 from node_agent.cli.check import check as check_files
-from registry.cli.invocation import CONFIG, CONFIG_VARIABLE, Command
+from registry.cli.invocation import Command, config_option
 from registry.config import load
-
-config_option = click.option(
-    "-c",
-    "--config",
-    type=click.Path(path_type=Path),
-    envvar=CONFIG_VARIABLE,
-    show_envvar=True,
-    default=CONFIG,
-    show_default=True,
-    help="The host's configuration.",
-)
 
 
 @click.command(cls=Command)
-@config_option
+@config_option()
 @click.option("--check", is_flag=True, help="Only validate it, and the specs in its children.d.")
 @click.pass_context
 def run(context: click.Context, config: Path, check: bool) -> None:

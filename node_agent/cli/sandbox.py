@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -14,6 +16,8 @@ from node_agent.sandbox.narrator import narrate
 from node_agent.sandbox.process import ServerFailed
 from registry.cli.invocation import Command
 
+CALLED_AS = "PGHERD_CALLED_AS"
+"""What to type for `pgherd`, where that is something else: ./dev in a clone."""
 RESTART_AFTER = 15.0
 """Seconds until a host that was killed is started again."""
 
@@ -42,6 +46,7 @@ async def _run(sandbox: Sandbox, keep: bool) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    sandbox.refuse_a_second()
     click.echo(f"starting {len(HOSTS)} hosts, etcd and PostgreSQL in {sandbox.directory} ...")
     try:
         await sandbox.start()
@@ -61,14 +66,15 @@ async def _run(sandbox: Sandbox, keep: bool) -> None:
 
 
 def _introduce(sandbox: Sandbox) -> None:
-    psql = f"{sandbox.postgres.bindir}/psql" if sandbox.postgres else "psql"
+    pgherd = os.environ.get(CALLED_AS, "pgherd")
+    psql = ".pgherd/psql" if sandbox.postgres else f'psql "{sandbox.conninfo}"'
     click.echo(
         "\nup.  In another terminal, in this directory:\n\n"
-        "  pgherd status\n"
-        "  pgherd call sweeper status\n"
-        f"  {psql} \"{sandbox.conninfo}\" -c 'table herd.fences'\n"
+        f"  {pgherd} status\n"
+        f"  {pgherd} call sweeper status\n"
+        f"  {psql} -c 'table herd.fences'\n"
         f"  kill -9 $(cat {sandbox.directory}/owner.pid)      # the whole host that runs the sweeper\n\n"
-        "(in a clone: ./dev instead of pgherd)  Ctrl-C ends it.\n"
+        "Ctrl-C ends it.\n"
     )
 
 
@@ -77,7 +83,8 @@ async def _revive(sandbox: Sandbox) -> None:
     while True:
         down = [host for host in sandbox.hosts.values() if not host.pid]
         for host in down:
-            click.echo(f"{'':8} {host.name:>6}  its host was killed; started again in {RESTART_AFTER:g} s")
+            now = datetime.now().strftime("%H:%M:%S")  # noqa: DTZ005
+            click.echo(f"{now} {host.name:>6}  its host was killed; started again in {RESTART_AFTER:g} s")
         if down:
             with suppress(ServerFailed):
                 sandbox.point_at_a_living_host()

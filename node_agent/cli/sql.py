@@ -14,23 +14,14 @@ import click
 from node_agent.postgres import install as installing
 from node_agent.postgres.refusals import SCHEMA_VERSION
 from registry.addresses import contains_password
-from registry.cli.invocation import CONFIG, CONFIG_VARIABLE, Command, Invocation, pass_invocation
+from registry.cli.invocation import Command, Invocation, config_option, pass_invocation
 from registry.cli.output import print_json, print_table, token
 from registry.config import AgentConfig, load
 from registry.errors import Denied, Invalid, Unreachable
 
 _T = TypeVar("_T")
 
-_config = click.option(
-    "-c",
-    "--config",
-    type=click.Path(path_type=Path),
-    envvar=CONFIG_VARIABLE,
-    show_envvar=True,
-    default=CONFIG,
-    show_default=True,
-    help="The host's configuration, which says what a database's name means.",
-)
+_config = config_option("The host's configuration, which says what a database's name means.")
 _from_env = click.option(
     "--from-env", is_flag=True, help="The database of PGHOST, PGDATABASE, PGSERVICE ... instead of a name."
 )

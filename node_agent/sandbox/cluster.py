@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -233,11 +235,31 @@ class Sandbox:
                 return host
         raise ServerFailed("no host of the sandbox is up")
 
+    def refuse_a_second(self) -> None:
+        """Raise ServerFailed when commands typed in the workplace find another sandbox that is up."""
+        pointer = self._pointer / "agent"
+        if pointer.exists() and _listens(Path(pointer.read_text().strip())):
+            raise ServerFailed(
+                f"another sandbox is up in {self.workplace}: stop it, or start this one in another directory"
+            )
+
     def point_at_a_living_host(self) -> None:
-        """Let commands typed in the workplace find an agent that is up."""
-        pointer = self.workplace / ".pgherd"
-        pointer.mkdir(exist_ok=True)
-        (pointer / "agent").write_text(f"{self.a_living_host().target}\n")
+        """Let commands typed in the workplace find an agent that is up, its configuration, and psql."""
+        host = self.a_living_host()
+        self._pointer.mkdir(exist_ok=True)
+        (self._pointer / "agent").write_text(f"{host.target}\n")
+        config = self._pointer / "agent.toml"
+        config.unlink(missing_ok=True)
+        config.symlink_to(host.directory / "agent.toml")
+        if self.postgres is not None:
+            psql = self._pointer / "psql"
+            command = shlex.join([str(self.postgres.bindir / "psql"), self.conninfo])
+            psql.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            psql.chmod(0o755)
+
+    @property
+    def _pointer(self) -> Path:
+        return self.workplace / ".pgherd"
 
     async def note_owner(self, name: str) -> None:
         """Keep the launcher's pid of the owner's host in ``owner.pid``, for a kill that can be pasted."""
@@ -261,7 +283,13 @@ class Sandbox:
             self.etcd.stop(),
             *((self.postgres.stop(),) if self.postgres is not None else ()),
         )
-        pointer = self.workplace / ".pgherd"
         if not keep:
-            shutil.rmtree(pointer, ignore_errors=True)
+            shutil.rmtree(self._pointer, ignore_errors=True)
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+        probe.connect(str(path))
+        return True
+    return False

@@ -12,16 +12,15 @@ import pwd
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from registry import security
-from registry.cli.invocation import CONFIG, CONFIG_VARIABLE, Invocation
+from registry.cli.invocation import Invocation
 from registry.errors import HerdError, UnknownOutcome, Unreachable
-from registry.find_agent import find_agent
+from registry.find_agent import UNIX, find_agent, find_config
 from registry.units import format_duration
 from registry.v1.cluster_pb2_grpc import ClusterStub
 from registry.v1.messages_pb2_grpc import MessagesStub
@@ -137,7 +136,7 @@ async def _open(address: str, identity: ListenConfig | None) -> grpc.aio.Channel
 
 def _identity(address: str) -> ListenConfig | None:
     """Return how this host speaks to others: with a certificate, which we show if we may read it."""
-    path = Path(os.environ.get(CONFIG_VARIABLE, CONFIG))
+    path = find_config()
     if security.is_private(address) or not path.exists():
         return None
     from registry.config import load
@@ -148,16 +147,16 @@ def _identity(address: str) -> ListenConfig | None:
 def _knock(address: str) -> None:
     """Find out whether anybody listens at ``address``."""
     try:
-        if address.startswith(security.UNIX):
+        if address.startswith(UNIX):
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(_CONNECT_SECONDS)
-                probe.connect(address.removeprefix(security.UNIX))
+                probe.connect(address.removeprefix(UNIX))
         else:
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), port), _CONNECT_SECONDS).close()
     except OSError as error:
         raise Unreachable(
-            f"no agent at {address.removeprefix(security.UNIX)}: {(error.strerror or str(error)).lower()}",
+            f"no agent at {address.removeprefix(UNIX)}: {(error.strerror or str(error)).lower()}",
             hint="pgherd doctor looks for the reason; --agent or PGHERD_AGENT names another agent",
             details={"address": address},
         ) from error

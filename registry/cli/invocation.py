@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from registry.find_agent import CONFIG_VARIABLE, find_config
 from registry.units import format_duration, parse_duration
 
-CONFIG = Path("/etc/pgherd/agent.toml")
-CONFIG_VARIABLE = "PGHERD_CONFIG"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
@@ -90,3 +91,17 @@ class Command(click.Command):
 
 
 pass_invocation = click.make_pass_decorator(Invocation, ensure=True)
+
+
+def config_option(help: str = "The host's configuration.") -> Callable[[F], F]:
+    """Return the option -c; without it, PGHERD_CONFIG or a sandbox, /etc/pgherd/agent.toml is meant."""
+    return click.option(
+        "-c",
+        "--config",
+        type=click.Path(path_type=Path),
+        envvar=CONFIG_VARIABLE,
+        show_envvar=True,
+        default=find_config,
+        show_default="the nearest sandbox's, or /etc/pgherd/agent.toml",
+        help=help,
+    )

@@ -23,9 +23,10 @@ from registry.clock import Clock
 from registry.config import ListenConfig
 from registry.directory import Directory
 from registry.errors import HerdError, StoreAmbiguous, StoreError, UnknownOutcome, Unreachable
+from registry.find_agent import UNIX
 from registry.peers import Peers
 from registry.router import Router
-from registry.security import SERVER_OPTIONS, UNIX, add_port
+from registry.security import SERVER_OPTIONS, add_port
 from registry.server import health, messages, names
 from registry.v1 import names_pb2_grpc
 
