@@ -220,7 +220,7 @@ class Membership:
                 self._told(f"etcd: {error}")
             except HerdError as error:
                 if self.problem != error.message:
-                    self._emit(events.JoinRefused(why=error.message, hint=error.hint))
+                    self._emit(events.JoinRefused(why=error.message, remedy=error.hint))
                 self.problem = error.message
             else:
                 self._told("")

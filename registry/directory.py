@@ -23,6 +23,7 @@ from registry.events import (
     NodeLeft,
     OwnerChanged,
     OwnerGone,
+    OwnerReleased,
     RecordMalformed,
 )
 from registry.nodes import HostRecord, NodeRecord
@@ -274,7 +275,12 @@ class Directory:
             case Change("owners", name, _, Owner() as owner):
                 self._emit(OwnerChanged(name=name, node=owner.node, epoch=owner.epoch))
             case Change("owners", name, Owner() as owner, None):
-                self._emit(OwnerGone(name=name, node=owner.node, epoch=owner.epoch))
+                released = self.placements.get(name)
+                if released is not None and released.last_epoch == owner.epoch:
+                    why = released.reason
+                    self._emit(OwnerReleased(name=name, node=owner.node, epoch=owner.epoch, why=why))
+                else:
+                    self._emit(OwnerGone(name=name, node=owner.node, epoch=owner.epoch))
             case Change("nodes", node, None, _):
                 self._emit(NodeJoined(node=node))
             case Change("nodes", node, _, None):

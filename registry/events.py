@@ -24,12 +24,21 @@ class Event:
 
     level: ClassVar[int] = logging.INFO
     text: ClassVar[str] = ""
+    hint: ClassVar[str] = ""
+    """A command that shows more or helps; may be empty."""
 
     name: str = ""
 
     def describe(self) -> str:
         """Return the event as one line of English."""
-        return self.text.format(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return self._filled(self.text)
+
+    def advise(self) -> str:
+        """Return the hint for this event."""
+        return self._filled(self.hint)
+
+    def _filled(self, template: str) -> str:
+        return template.format(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,7 @@ class AgentStopping(Event):
 class EtcdUnreachable(Event):
     level = logging.WARNING
     text = "etcd unreachable: {reason}"
+    hint = "pgherd doctor"
     reason: str
 
 
@@ -128,6 +138,7 @@ class SessionAdopted(Event):
 class SessionLost(Event):
     level = logging.ERROR
     text = "node {node} lost its lease: {reason}"
+    hint = "pgherd doctor"
     node: str
     reason: str
 
@@ -135,9 +146,9 @@ class SessionLost(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinRefused(Event):
     level = logging.ERROR
-    text = "cannot join the cluster: {why}; {hint}"
+    text = "cannot join the cluster: {why}; {remedy}"
     why: str
-    hint: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +163,7 @@ class DirectorySynced(Event):
 class DirectoryLost(Event):
     level = logging.WARNING
     text = "directory out of sync: {reason}"
+    hint = "pgherd doctor"
     reason: str
 
 
@@ -178,7 +190,8 @@ class NodeLeft(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameClaimed(Event):
-    text = "{name}: claimed by this node, epoch {epoch} ({why})"
+    text = "{name}: claimed by {node}, epoch {epoch} ({why})"
+    node: str
     epoch: int
     why: str
 
@@ -215,8 +228,17 @@ class OwnerChanged(Event):
 class OwnerGone(Event):
     level = logging.WARNING
     text = "{name}: no owner since {node} (epoch {epoch}) is gone"
+    hint = "pgherd nodes"
     node: str
     epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerReleased(Event):
+    text = "{name}: given up by {node}, epoch {epoch}: {why}"
+    node: str
+    epoch: int
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +255,7 @@ class FenceRaised(Event):
 class FenceFailed(Event):
     level = logging.ERROR
     text = "{name}: fence in database {database} not raised to {epoch}.{start}: {why}"
+    hint = "pgherd doctor"
     database: str
     epoch: int
     start: int
@@ -268,6 +291,7 @@ class WorkerStopping(Event):
 class WorkerExited(Event):
     level = logging.WARNING
     text = "{name}: pid {pid} ended: {how}"
+    hint = "pgherd logs {name}"
     pid: int
     how: str
 
@@ -276,6 +300,7 @@ class WorkerExited(Event):
 class WorkerStartFailed(Event):
     level = logging.ERROR
     text = "{name}: could not be started: {why}"
+    hint = "pgherd logs {name}"
     why: str
 
 
@@ -292,6 +317,7 @@ class WorkerRestarting(Event):
 class WorkerGaveUp(Event):
     level = logging.ERROR
     text = "{name}: given up here: {why}"
+    hint = "pgherd logs {name}"
     why: str
 
 
@@ -312,6 +338,7 @@ class SpecChanged(Event):
 class SpecInvalid(Event):
     level = logging.ERROR
     text = "{name}: spec not usable on this host: {why}"
+    hint = "pgherd specs {name}"
     why: str
 
 
