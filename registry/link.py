@@ -38,6 +38,8 @@ MAX_QUEUED_BYTES = 32 << 20
 """Bytes queued on one link; a stream that does not drain is not worth more memory."""
 BATCH_BYTES = wire.MAX_BATCH // 2
 """A batch is closed when it has this many bytes."""
+BATCH_FRAMES = 48
+"""Frames that always travel in one batch; of more, half are sent, and the others while these are worked on."""
 
 ROLE = "pgherd-role"
 NODE = "pgherd-node"
@@ -88,18 +90,23 @@ class Outbox:
     def take(self) -> bytes:
         """Return the next batch; from now on its frames are handed over."""
         parts = self._parts
-        if self._bytes <= BATCH_BYTES:
+        count = len(parts)
+        if count > BATCH_FRAMES:
+            # Were all calls in one batch, the client, the agent and the daemon would work in turns.
+            count //= 2
+        if self._bytes > BATCH_BYTES:
+            size, limit, count = 0, count, 0
+            while count < limit and size < BATCH_BYTES:
+                size += len(parts[count])
+                count += 1
+        if count == len(parts):
             self._parts = []
             self._filled.clear()
         else:
-            count, size = 0, 0
-            while size < BATCH_BYTES:
-                size += len(parts[count])
-                count += 1
             parts, self._parts = parts[:count], parts[count:]
         batch = b"".join(parts)
         self._bytes -= len(batch)
-        self.taken += len(parts)
+        self.taken += count
         return batch
 
 

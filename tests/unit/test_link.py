@@ -17,7 +17,7 @@ from registry import link as link_module
 from registry import wire
 from registry.clock import SYSTEM_CLOCK, Boottime
 from registry.errors import HerdError
-from registry.link import BATCH_BYTES, METHOD, NODE, Link, Outbox, State
+from registry.link import BATCH_BYTES, BATCH_FRAMES, METHOD, NODE, Link, Outbox, State
 from registry.security import CHANNEL_OPTIONS
 from registry.v1 import messages_pb2 as pb
 from tests.support.agents import until
@@ -93,7 +93,7 @@ async def echoes(context: Any) -> None:
         )
 
 
-@given(st.lists(st.binary(min_size=1, max_size=40), max_size=40), st.integers(1, 40))
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=150), st.integers(1, 150))
 def test_outbox_gives_everything_once_and_in_order(parts: list[bytes], pause: int) -> None:
     outbox = Outbox()
     taken = []
@@ -101,7 +101,8 @@ def test_outbox_gives_everything_once_and_in_order(parts: list[bytes], pause: in
         assert outbox.put(part)
         if number % pause == 0:
             taken.append(outbox.take())
-    taken.append(outbox.take())
+    while outbox:
+        taken.append(outbox.take())
     assert b"".join(taken) == b"".join(parts)
     assert outbox.taken == len(parts)
     assert not outbox
@@ -140,7 +141,7 @@ def test_outbox_is_bounded_in_frames_and_bytes() -> None:
     assert size.put(b"1")
 
 
-async def test_requests_of_one_turn_travel_together() -> None:
+async def test_requests_of_one_turn_travel_together_and_many_in_halves() -> None:
     batches: list[int] = []
 
     async def count(context: Any) -> None:
@@ -149,10 +150,15 @@ async def test_requests_of_one_turn_travel_together() -> None:
 
     async with linked(count) as link:
         await link.opened.wait()
-        for _ in range(100):
+        for _ in range(BATCH_FRAMES):
             ask(link)
-        await until(lambda: sum(batches) == 100)
-    assert batches == [100]
+        await until(lambda: sum(batches) == BATCH_FRAMES)
+        assert batches == [BATCH_FRAMES]
+        batches.clear()
+        for _ in range(2 * BATCH_FRAMES):
+            ask(link)
+        await until(lambda: sum(batches) == 2 * BATCH_FRAMES)
+        assert batches == [BATCH_FRAMES, BATCH_FRAMES]
 
 
 async def test_replies_find_their_askers_and_the_link_knows_the_node() -> None:

@@ -221,6 +221,7 @@ async def test_later_requests_wait_while_the_owner_before_has_unanswered_ones(he
     assert (await second.answered()).json == "2"
 
 
+@pytest.mark.slow
 async def test_an_owner_that_does_not_answer_holds_later_requests_only_for_a_moment(herd: Herd) -> None:
     alpha, beta, gamma = [await herd.agent(host) for host in ("alpha", "beta", "gamma")]
     await herd.serve("sweeper", beta, Keeps())
