@@ -252,6 +252,8 @@ class Child:
         for database in self.spec.fence:
             if (end := await self._fence(database, start)) is not None:
                 return end
+        if (stop := self._asked_to_stop()) is not None:
+            return stop
         self._enter(State.STARTING)
         self._says_ready, self._crash = False, ""
         request = start_request(self.spec, self.ownership, start, self._host)
@@ -460,6 +462,15 @@ class Child:
                 return await self._inbox.get()
         except TimeoutError:
             return None
+
+    def _asked_to_stop(self) -> _Stop | None:
+        """Return the stop that has arrived while no process ran; nothing else in the inbox counts then."""
+        asked: _Stop | None = None
+        while not self._inbox.empty():
+            message = self._inbox.get_nowait()
+            if isinstance(message, _Stop) and (asked is None or asked.again or message.kill):
+                asked = message
+        return asked
 
     async def _stop_within(self, seconds: float) -> _Stop | None:
         """Wait for a stop, at most so long; other messages here are of processes that are gone."""
