@@ -193,7 +193,9 @@ class Launcher:
                 continue
             self._timer.arm(order.value or None)
             if order.kind is Kind.ARM_AND_ACKNOWLEDGE:
-                line.send(packet, socket.MSG_DONTWAIT)
+                # The warden may have died since; what it armed is in force all the same.
+                with contextlib.suppress(OSError):
+                    line.send(packet, socket.MSG_DONTWAIT)
 
     # Signals, time, the dead.
 
