@@ -261,8 +261,11 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
                 raise
         if channel is not None:
             stub = supervision_pb2_grpc.SupervisionStub(channel)
-            async for chunk in stub.Logs(request, metadata=((RELAYED, "1"),)):
-                yield chunk
+            try:
+                async for chunk in stub.Logs(request, metadata=((RELAYED, "1"),)):
+                    yield chunk
+            except grpc.aio.AioRpcError as error:
+                raise wire.error_of_rpc(error, read_only=True) from error
             return
         tail = await self._link.output(request.name, LOG_TAIL)
         data, dropped = tail.data, tail.dropped
