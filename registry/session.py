@@ -192,7 +192,8 @@ class Session:
             while not self._stop.wait(max(due - self._clock.now(), 0)):
                 due = runner.run(self._renew())
         except _Lost as lost:
-            self._lose(str(lost))
+            if not self._stop.is_set():  # else it is close() that ended the trust
+                self._lose(str(lost))
             self._stop.wait()
 
     async def _begin(self) -> Boottime:
