@@ -39,7 +39,7 @@ MAX_QUEUED_BYTES = 32 << 20
 BATCH_BYTES = wire.MAX_BATCH // 2
 """A batch is closed when it has this many bytes."""
 BATCH_FRAMES = 48
-"""Frames that always travel in one batch; of more, half are sent, and the others while these are worked on."""
+"""Frames that always travel in one batch; of more, half do, and the rest while these are worked on."""
 
 ROLE = "pgherd-role"
 NODE = "pgherd-node"

@@ -30,6 +30,8 @@ KEEP = 0.5
 """Seconds that a route is kept at least, whatever the answers say: home may not know better yet."""
 DETOUR = 10.0
 """Seconds until a route through home is sought anew."""
+DIRECT_TIMEOUT = 1.0
+"""Seconds to connect to an owner's agent, before home is asked to pass the request on."""
 RESOLVE_TIMEOUT = 1.0
 """Seconds for home to say where a name is; after that it is asked to pass the request on itself."""
 MAX_ROUTES = 10_000
@@ -193,8 +195,9 @@ class Routes:
         if not owner.node or owner.node == home.node:
             return home
         try:
-            return await self._open(self._agent(owner.address))
-        except HerdError:
+            async with asyncio.timeout(DIRECT_TIMEOUT):
+                return await self._open(self._agent(owner.address))
+        except (HerdError, TimeoutError):
             route.until = route.found_at + DETOUR
             return home
 
