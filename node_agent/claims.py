@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from node_agent.states import Ownership
@@ -218,10 +219,15 @@ class Claims:
             return
         finally:
             self.pending -= names
+        unwanted: list[Claimed] = []
         for (item, _), answer in zip(batch, answers, strict=True):
             match answer:
+                case Claimed() if self._held(item.name):
+                    unwanted.append(answer)
                 case Claimed():
-                    self._emit(events.NameClaimed(name=item.name, node=self._node, epoch=answer.epoch, why=item.why))
+                    self._emit(
+                        events.NameClaimed(name=item.name, node=self._node, epoch=answer.epoch, why=item.why)
+                    )
                     ownership = Ownership(item.name, answer.epoch, answer.claim, self._node, self._lease)
                     self._granted(self._wishes.read(wanted[item.name]), ownership)
                 case Taken():
@@ -229,6 +235,10 @@ class Claims:
                     self._hold(item.name, "")
                 case Refusal():
                     self._hold(item.name, answer.why.value)
+        for claimed in unwanted:
+            # This host began to leave while it claimed.  If the release fails, the end of the lease does it.
+            with suppress(StoreError):
+                await self._names.release(claimed.name, claimed.epoch, f"{self._host} does not take it")
 
     def _request(self, wish: SpecRecord) -> ClaimRequest:
         placement = self._directory.placements.get(wish.name)

@@ -83,6 +83,7 @@ class Membership:
         self._loop = asyncio.get_running_loop()
         self._former = ""
         self._trouble = ""
+        self._leaving = False
 
     def trusted(self) -> bool:
         """Return whether named workers of this host may act now."""
@@ -94,15 +95,19 @@ class Membership:
         return self.session.soft_deadline if self.session is not None else 0.0
 
     async def run(self, former: FormerSession | None) -> None:
-        """Be a member until cancelled; ``former`` is the session of the agent before this one.
+        """Be a member until cancelled, or until the session is lost while this host leaves.
+
+        ``former`` is the session of the agent before this one.
 
         Raises Restored (in a group) when etcd went back in time; then no named worker is left.
         """
         try:
-            while True:
+            while not self._leaving:
                 session = await self._begin(former)
                 former = None
                 holdings = self.holdings = self._make_holdings(self.node, session.lease, self._persist)
+                if self._leaving:
+                    holdings.close()
                 reason = await self._live(session, holdings)
                 await self._lose(session, holdings, reason)
         except* Restored as restored:
@@ -111,20 +116,21 @@ class Membership:
 
     async def leave(self, why: str) -> None:
         """Stop every child, release their names, and give the lease back last."""
-        self.phase, self.problem = Phase.STOPPING, "stopping"
-        session, holdings = self.session, self.holdings
-        if holdings is not None:
-            holdings.close()
+        self.phase, self.problem, self._leaving = Phase.STOPPING, "stopping", True
+        if self.holdings is not None:
+            self.holdings.close()
+        session = self.session
         if session is not None and session.trusted():
             try:
                 await self._nodes.update(self._facts(self.node, NodeState.STOPPING), session.lease)
             except StoreError as error:
                 self._told(str(error))
         await self._supervisor.stop_all(why)
-        if holdings is not None:
-            await holdings.leave()
-        if session is not None:
-            await self._give_back(session)
+        # The session may have been lost, or found, meanwhile.
+        if self.holdings is not None:
+            await self.holdings.leave()
+        if self.session is not None:
+            await self._give_back(self.session)
 
     def publish(self, child: Child) -> None:
         """Tell etcd where a named child stands."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,7 +14,7 @@ from node_agent.states import Ownership
 from node_agent.wishes import Wish, Wishes
 from registry import events
 from registry.directory import SILENCE, Directory
-from registry.names import Names
+from registry.names import Bidder, ClaimRequest, ClaimResult, Names
 from registry.nodes import NodeRecord, NodeState, encode_node
 from registry.ownership import Owner, cluster_prefix, encode_owner
 from registry.specs import Desired, SpecRecord, encode_spec
@@ -37,6 +37,7 @@ class Scene:
         self.granted: list[str] = []
         self.held: set[str] = set()
         self.said: list[events.Event] = []
+        self.leaves_when_it_claims = False
 
     def wish(self, name: str) -> None:
         text = f'schema = 1\n[[child]]\nid = "t"\nname = "{name}"\nrun.command = ["true"]\n'
@@ -60,7 +61,7 @@ class Scene:
         self.store.put(f"{PREFIX}nodes/{NODE}", encode_node(record), lease.id)
         claims = Claims(
             host="alpha", node=NODE, lease=lease.id, directory=self.directory,
-            names=Names(self.store, PREFIX), wishes=Wishes(()), clock=self.clock, emit=self.said.append,
+            names=_Names(self), wishes=Wishes(()), clock=self.clock, emit=self.said.append,
             held=self.held.__contains__, granted=self._granted, confirm=self._gone,
             silent_until=lambda owner: 0.0,
         )  # fmt: skip
@@ -80,6 +81,20 @@ class Scene:
 
     async def _gone(self, owner: Owner) -> bool:
         return True
+
+
+class _Names(Names):
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene.store, PREFIX)
+        self._scene = scene
+
+    async def claim_many(
+        self, requests: Sequence[ClaimRequest], by: Bidder, *, timeout: float = 5.0
+    ) -> list[ClaimResult]:
+        results = await super().claim_many(requests, by, timeout=timeout)
+        if self._scene.leaves_when_it_claims:
+            self._scene.held |= {request.name for request in requests}
+        return results
 
 
 @pytest.fixture
@@ -141,3 +156,14 @@ async def test_a_name_that_comes_free_here_is_claimed_again(scene: Scene) -> Non
         claims.look_again()
         await asyncio.sleep(1)
         assert scene.granted == ["ticker", "ticker"]
+
+
+async def test_a_name_won_by_a_host_that_has_begun_to_leave_is_released(scene: Scene) -> None:
+    """A process started then would be forgotten by the stop that is under way."""
+    scene.wish("ticker")
+    scene.leaves_when_it_claims = True
+    async with scene.claiming():
+        await asyncio.sleep(1)
+        assert not scene.granted
+        assert scene.directory.lookup("ticker") is None
+        assert scene.directory.placements["ticker"].last_epoch
