@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import filecmp
 import os
 import re
@@ -246,7 +247,7 @@ async def test_a_host_that_is_stopped_hands_the_archive_over(
         assert second.host in HOSTS
         assert second.host != first.host
         assert second.token.epoch > first.token.epoch
-        assert await process.wait() == 0
+        assert await asyncio.wait_for(process.wait(), 5.0) == 0
         await archive.grow()
     assert await archive.gaps(await archive.grow(1)) == []
     assert [life.token for life in processes.lives] == [first.token, second.token]

@@ -159,6 +159,22 @@ async def test_a_segment_that_was_cut_short_while_it_was_made_does_not_stop_it(a
     assert await archive.messages() == archive.written
 
 
+async def test_an_owner_that_thaws_while_it_makes_a_segment_spoils_nothing(archive: Archive) -> None:
+    with archive.receiving(10, 1):
+        await streaming(archive, 10, 1)
+        await eventually(lambda: any(archive.directory.glob("*.partial")))
+    (partial,) = archive.directory.glob("*.partial")
+    os.truncate(partial, 0)
+    # Frozen with a virtual machine, it writes its zeros when somebody else has long filled the segment.
+    with partial.open("r+b") as frozen, archive.receiving(11, 1):
+        await streaming(archive, 11, 1)
+        await archive.write()
+        await archive.complete()
+        frozen.write(bytes(16 << 20))
+        frozen.flush()
+    assert await archive.messages() == archive.written
+
+
 async def test_two_of_them_never_stream(archive: Archive) -> None:
     with ExitStack() as stack:
         stack.enter_context(archive.receiving(10, 1))

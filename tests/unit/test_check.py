@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +12,7 @@ import pytest
 
 from registry.cli import main
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
 AGENT = """\
 schema = 1
 cluster = "prod"
@@ -117,3 +119,18 @@ def test_json_has_every_problem_in_its_parts(check: Check, tmp_path: Path) -> No
             "warnings": [],
         }
     ]
+
+
+def test_what_is_shipped_to_start_from_has_no_problems(check: Check, tmp_path: Path) -> None:
+    (documented,) = re.findall(r"```toml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)
+    agent = tmp_path / "agent.toml"
+    agent.write_text(documented)
+    code, out = check(agent, DEPLOY / "specs")
+    assert code == 0
+    specs = sorted((DEPLOY / "specs").glob("*.toml"))
+    assert [line for line in out.splitlines() if "warning" not in line] == [
+        f"{agent}: ok, the configuration of host alpha in cluster prod",
+        *(f"{spec}: ok, 1 child: {spec.stem}" for spec in specs),
+    ]
+    assert len(specs) >= 2
+    assert all("stop stages sum to" in line for line in out.splitlines() if "warning" in line)
