@@ -1,7 +1,8 @@
 """What a new agent does with the workers that the one before it left running.
 
 Nothing is relabelled: a worker is taken over only with the spec, at the epoch and under the lease it was
-started with, and a named one serves only after etcd has confirmed its owner key.  Everything else is killed
+started with, and a named one serves only after etcd has confirmed its owner key.  A node-local one of another
+spec is taken over to be stopped, and started anew when nothing of it is left.  Everything else is killed
 before this agent takes any name.
 """
 
@@ -36,12 +37,13 @@ class FormerSession:
 
 @dataclass(frozen=True, slots=True)
 class Adopt:
-    """Take this worker over."""
+    """Take this worker over; ``replace`` is why its process must be followed by another one at once."""
 
     row: WorkerRow
     spec: ChildSpec
     ownership: Ownership | None
     window: RestartWindow
+    replace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +102,18 @@ def _decide(
     former: FormerSession | None,
     local_specs: Mapping[str, ChildSpec],
 ) -> Adopt | Kill:
-    if note is None:
-        return Kill(row, "the agent before this one left no note about it")
+    unknown = "the agent before this one left no note about it"
     if not row.lease:
-        spec = local_specs.get(row.child)
-        if spec is None:
+        if (spec := local_specs.get(row.child)) is None:
             return Kill(row, "it is not declared any more")
+        fresh = RestartWindow(spec.intensity, spec.period)
+        if note is None:
+            return Adopt(row, spec, None, fresh, replace=unknown)
         if to_toml(spec) != note["toml"]:
-            return Kill(row, "its spec has changed")
+            return Adopt(row, spec, None, fresh, replace="its spec has changed")
         return Adopt(row, spec, None, _window(spec, note))
+    if note is None:
+        return Kill(row, unknown)
     if former is None or row.lease != former.lease:
         return Kill(row, "its lease is over")
     try:

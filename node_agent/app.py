@@ -262,9 +262,11 @@ class Agent:
         locals_ = {spec.id: spec for spec in self._own.specs if not spec.name}
         for verdict in adoption.plan(welcome.workers, welcome.remembered, former, locals_):
             match verdict:
-                case adoption.Adopt(row, spec, ownership, window):
+                case adoption.Adopt(row, spec, ownership, window, replace):
                     child = self._supervisor.adopt(spec, row, ownership, window)
-                    if ownership is None:
+                    if replace:
+                        child.stop(replace, again=True)
+                    elif ownership is None:
                         child.confirm()
                 case adoption.Kill(row, why):
                     self._emit(events.WorkerNotAdopted(name=row.child, pid=row.pid, why=why))

@@ -16,6 +16,7 @@ from node_agent.adoption import (
 )
 from node_agent.child import ChildSpec, parse, to_toml
 from node_agent.protocol import WorkerRow
+from node_agent.restarts import RestartWindow
 from registry.config import Timing
 
 NAMED = 'schema = 1\n[[child]]\nid = "s"\nname = "sweeper"\nrun.command = ["sleep", "9"]\n'
@@ -70,13 +71,24 @@ def test_a_local_worker_needs_an_unchanged_declaration() -> None:
     (verdict,) = plan([local], notes, None, {"local": spec(LOCAL)})
     assert isinstance(verdict, Adopt)
     changed = spec(LOCAL.replace('"9"', '"10"'))
-    assert plan([local], notes, None, {"local": changed}) == [Kill(local, "its spec has changed")]
+    assert plan([local], notes, None, {"local": changed}) == [
+        Adopt(local, changed, None, RestartWindow(changed.intensity, changed.period), "its spec has changed")
+    ]
     assert plan([local], notes, None, {}) == [Kill(local, "it is not declared any more")]
 
 
 def test_a_worker_nobody_left_a_note_about_is_killed() -> None:
-    (verdict,) = plan([row("x", lease=0)], {}, None, {"x": spec(LOCAL)})
+    (verdict,) = plan([row("sweeper", lease=77, name="sweeper", epoch=5)], {}, FORMER, {})
     assert isinstance(verdict, Kill)
+    (verdict,) = plan([row("x", lease=0)], {}, None, {})
+    assert isinstance(verdict, Kill)
+
+
+def test_a_local_worker_nobody_left_a_note_about_is_replaced() -> None:
+    """Killing it and starting another at once would be refused by the warden, and count as a failure."""
+    (verdict,) = plan([row("x", lease=0)], {}, None, {"x": spec(LOCAL)})
+    assert isinstance(verdict, Adopt)
+    assert verdict.replace
 
 
 def test_a_session_is_adopted_only_before_its_soft_deadline() -> None:

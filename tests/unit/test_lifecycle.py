@@ -14,7 +14,7 @@ from node_agent.child import ChildSpec, parse
 from node_agent.lifecycle import Child
 from node_agent.postgres.fence import FenceRaiser, Raised
 from node_agent.restarts import RestartWindow
-from node_agent.states import Ownership, State
+from node_agent.states import Ownership, Process, State
 from node_agent.warden_link import WardenLink
 from registry import events
 from registry.clock import Boottime, Clock
@@ -99,10 +99,10 @@ class Around:
 class Scene:
     """One child and what it is surrounded by."""
 
-    def __init__(self, wanted: ChildSpec) -> None:
+    def __init__(self, wanted: ChildSpec, adopt: Process | None = None) -> None:
         self.link, self.fences = Link(), Fences()
         around = Around(cast(WardenLink, self.link), cast(FenceRaiser, self.fences), LoopClock())
-        self.child = Child(wanted, around, ownership=OWNERSHIP, on_change=lambda child: None)
+        self.child = Child(wanted, around, ownership=OWNERSHIP, adopt=adopt, on_change=lambda child: None)
         self.fences.open.clear()
         self.life = asyncio.create_task(self.child.run())
 
@@ -155,3 +155,17 @@ async def test_a_stop_that_follows_a_restart_wins() -> None:
     scene.fences.open.set()
     assert await scene.life is State.STOPPED
     assert not scene.link.started
+
+
+async def test_an_adopted_process_of_another_spec_is_stopped_before_the_next_is_started() -> None:
+    scene = Scene(spec(), adopt=Process("former", 9, 4, 0.0))
+    scene.child.stop("its spec has changed", again=True)
+    await asyncio.sleep(1)
+    assert scene.link.signalled == ["former"]
+    assert not scene.link.started
+    scene.child.exited(replace(KILLED, worker="former"))
+    scene.child.gone("former")
+    await asyncio.sleep(1)
+    assert len(scene.link.started) == 1
+    assert scene.child.state is State.READY
+    scene.life.cancel()
