@@ -175,7 +175,7 @@ class Holdings:
         return self.claims.pending | self._settling
 
     def _held(self, name: str) -> bool:
-        return self._closing or name in self._supervisor.children or name in self._settling
+        return self._closing or self._supervisor.runs(name) or name in self._settling
 
     def _changed(self, change: Change) -> None:
         match change:

@@ -210,7 +210,7 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
             return await _forward(
                 stub.Restart(forwarded, timeout=FORWARD_TIMEOUT, metadata=((RELAYED, "1"),))
             )
-        self._view.supervisor.children[request.name].stop(f"restart by {who}", again=True)
+        self._view.supervisor.restart(request.name, f"restart by {who}")
         return supervision_pb2.Done(what=f"{request.name}: being restarted on {self._view.config.host}")
 
     async def Children(

@@ -31,8 +31,9 @@ class Ending:
 class Supervisor:
     """The children of this host, by key (global name, or id of a node-local child).
 
-    ``on_change(child)`` is told every change of state; ``on_end(ending)`` when a child's task has ended,
-    after it left the table.
+    ``on_change(child)`` is told every change of state; ``on_end(ending)`` when a child's task has ended.  A
+    child with a name has left the table then: it is others' now.  A node-local one stays, to be seen as what
+    it is and to be restarted by hand: nobody else will run it.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Supervisor:
     def run_child(
         self, spec: ChildSpec, *, ownership: Ownership | None = None, window: RestartWindow | None = None
     ) -> Child:
-        """Begin to run a spec; its key must be free."""
+        """Begin to run a spec; no child of its key may be alive."""
         return self._add(spec, ownership, window, adopt=None)
 
     def adopt(
@@ -100,7 +101,7 @@ class Supervisor:
         adopt: Process | None,
     ) -> Child:
         key = spec.name or spec.id
-        assert key not in self.children, key
+        assert not self.runs(key), key
         child = Child(
             spec, self._host, ownership=ownership, window=window, on_change=self._on_change, adopt=adopt
         )
@@ -117,8 +118,22 @@ class Supervisor:
             if not self._failure.done():
                 self._failure.set_exception(error)
             return
-        del self.children[child.key]
+        if child.ownership is not None:
+            del self.children[child.key]
         self._on_end(Ending(child, state))
+
+    def runs(self, key: str) -> bool:
+        """Return whether a child of that key is alive, in whatever state."""
+        child = self.children.get(key)
+        return child is not None and child.state not in ENDS
+
+    def restart(self, key: str, why: str) -> None:
+        """Stop a child and start it again, or start one that has ended.  Raises KeyError."""
+        child = self.children[key]
+        if child.state in ENDS:
+            self.run_child(child.spec)
+        else:
+            child.stop(why, again=True)
 
     async def stop_all(self, why: str) -> None:
         """Stop every child, all at once: their order is that of one_for_one, none."""

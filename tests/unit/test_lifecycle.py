@@ -15,6 +15,7 @@ from node_agent.lifecycle import Child
 from node_agent.postgres.fence import FenceRaiser, Raised
 from node_agent.restarts import RestartWindow
 from node_agent.states import Ownership, Process, State
+from node_agent.supervisor import Ending, Supervisor
 from node_agent.warden_link import WardenLink
 from registry import events
 from registry.clock import Boottime, Clock
@@ -96,12 +97,16 @@ class Around:
     def note(self, child: Child, window: RestartWindow) -> None: ...
 
 
+def surroundings(link: Link, fences: Fences) -> Around:
+    return Around(cast(WardenLink, link), cast(FenceRaiser, fences), LoopClock())
+
+
 class Scene:
     """One child and what it is surrounded by."""
 
     def __init__(self, wanted: ChildSpec, adopt: Process | None = None) -> None:
         self.link, self.fences = Link(), Fences()
-        around = Around(cast(WardenLink, self.link), cast(FenceRaiser, self.fences), LoopClock())
+        around = surroundings(self.link, self.fences)
         self.child = Child(wanted, around, ownership=OWNERSHIP, adopt=adopt, on_change=lambda child: None)
         self.fences.open.clear()
         self.life = asyncio.create_task(self.child.run())
@@ -169,3 +174,28 @@ async def test_an_adopted_process_of_another_spec_is_stopped_before_the_next_is_
     assert len(scene.link.started) == 1
     assert scene.child.state is State.READY
     scene.life.cancel()
+
+
+async def test_a_local_child_that_gave_up_stays_in_the_table_and_can_be_restarted() -> None:
+    link, ended = Link(), list[Ending]()
+    supervisor = Supervisor(
+        surroundings(link, Fences()),
+        cast(WardenLink, link),
+        on_change=lambda child: None,
+        on_end=ended.append,
+    )
+    (local,) = parse('schema = 1\n[[child]]\nid = "job"\nintensity = 0\nrun.command = ["true"]\n', "x.toml")
+    child = supervisor.run_child(local)
+    await asyncio.sleep(1)
+    worker = link.started[-1].worker
+    child.exited(replace(KILLED, worker=worker, child="job"))
+    child.gone(worker)
+    await asyncio.sleep(1)
+    assert [ending.state for ending in ended] == [State.FAILED]
+    assert [child.state for child in supervisor.children.values()] == [State.FAILED]
+    assert not supervisor.runs("job")
+    supervisor.restart("job", "restart by anna")
+    await asyncio.sleep(1)
+    assert len(link.started) == 2
+    assert [child.state for child in supervisor.children.values()] == [State.READY]
+    assert supervisor.runs("job")
