@@ -16,8 +16,8 @@ from typing import Any
 
 AGENT_ENTRY = "node_agent.__main__:main"
 WORKER_ENTRY = "node_agent.worker:run"
-ALSO = ("node_agent.postgres.backend",)
-"""Imported by a worker when it has databases; here because nearly all have."""
+ALSO = ("node_agent.postgres.backend", "node_agent.daemons.sweeper")
+"""Imported by a worker when it has databases, and because it is this daemon."""
 _OURS = ("node_agent", "registry")
 
 
@@ -46,6 +46,8 @@ class Image:
             problem = f"{type(error).__name__}: {error}"
         else:
             self._stamps = {path: _stamp(path) for path in _own_files()}
+        # What is imported after a fork is looked for in the directories as they are then.
+        importlib.invalidate_caches()
         gc.collect()
         gc.freeze()
         return problem

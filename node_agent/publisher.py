@@ -1,7 +1,9 @@
 """Writes ``status/<name>`` for the names of this node: the latest state of each, never in a worker's way.
 
 A restart on this host needs no etcd; what it changes is told to etcd afterwards.  Only the newest state of a
-name is written, and only while its owner key has the same epoch.
+name is written, and only while its owner key has the same epoch.  *Starting* is written when it lasts: a
+restart passes through it in milliseconds, and writing it would take the processor from the new process and
+make every agent look whether it can deliver yet.
 """
 
 from __future__ import annotations
@@ -9,8 +11,11 @@ from __future__ import annotations
 import asyncio
 
 from registry.names import Names
-from registry.ownership import Status
+from registry.ownership import Status, WorkerState
 from registry.store import LeaseId
+
+LASTS = 0.05
+"""Seconds in *starting* after which it is written."""
 
 
 class Publisher:
@@ -19,10 +24,27 @@ class Publisher:
     def __init__(self, names: Names, lease: LeaseId) -> None:
         self._names, self._lease = names, lease
         self._unwritten: dict[str, Status] = {}
+        self._passing: dict[str, Status] = {}
         self._wake = asyncio.Event()
 
     def publish(self, status: Status) -> None:
         """Have this written, unless a newer one for the same name comes first."""
+        if status.state is not WorkerState.STARTING:
+            self._passing.pop(status.name, None)
+            self._write(status)
+        elif status.name in self._unwritten:
+            self._write(status)
+        else:
+            if status.name not in self._passing:
+                asyncio.get_running_loop().call_later(LASTS, self._lasts, status.name)
+            self._passing[status.name] = status
+
+    def _lasts(self, name: str) -> None:
+        status = self._passing.pop(name, None)
+        if status is not None:
+            self._write(status)
+
+    def _write(self, status: Status) -> None:
         self._unwritten[status.name] = status
         self._wake.set()
 

@@ -14,7 +14,8 @@ import json
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, Literal, NotRequired, Required
+from types import UnionType
+from typing import Any, Literal, NotRequired, Required, Union
 
 import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -32,6 +33,9 @@ MARK = "_pgherd_kind"
 SHOWN = 100
 """Characters of a wrong value that are repeated in an error."""
 
+_PLAIN = (Any, bool, bytes, float, int, str, type(None))
+_OF_PLAIN = (Union, UnionType, dict, list)
+
 
 class BadBehaviour(Exception):
     """A behaviour class or its arguments cannot be used; the message is one line for its author."""
@@ -46,24 +50,36 @@ class Parameters:
         """``written`` is how the author wrote each of the ``types``; ``owner`` begins every error."""
         self._owner = owner
         self._types = {name: _type_text(written.get(name, kind)) for name, kind in types.items()}
+        self._kinds = types
         self.required = frozenset(required)
+        self._reader: Callable[[str], Any] | None = None
+        if not all(_is_plain(kind) for kind in types.values()):
+            try:
+                self._reader = self._make_reader()
+            except (PydanticUserError, TypeError) as error:
+                raise BadBehaviour(f"{owner} cannot be checked: {str(error).splitlines()[0]}") from error
+
+    def _make_reader(self) -> Callable[[str], Any]:
+        """Have pydantic make what reads the values: a millisecond that a restarted worker can do without.
+
+        So plain types, for which that cannot fail, wait for the first request that needs it.
+        """
         members = {
             name: Required[kind] if name in self.required else NotRequired[kind]
-            for name, kind in types.items()
+            for name, kind in self._kinds.items()
         }
         # A TypedDict made at run time, which type checkers have no notion of.
         make: Any = TypedDict
-        shape = make(owner, members)
+        shape = make(self._owner, members)
         shape.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-        try:
-            self._read = TypeAdapter(shape).validator.validate_json
-        except (PydanticUserError, TypeError) as error:
-            raise BadBehaviour(f"{owner} cannot be checked: {str(error).splitlines()[0]}") from error
+        return TypeAdapter(shape).validator.validate_json
 
     def read(self, text: str) -> dict[str, Any]:
         """Return the values in the JSON object ``text``.  Raises :class:`registry.errors.Invalid`."""
+        if self._reader is None:
+            self._reader = self._make_reader()
         try:
-            return typing.cast(dict[str, Any], self._read(text))
+            return typing.cast(dict[str, Any], self._reader(text))
         except ValidationError as error:
             raise self._invalid(error) from None
         except Exception as error:
@@ -280,6 +296,13 @@ class _Written:
         return self._text
 
 
+def _is_plain(kind: Any) -> bool:
+    """Tell whether pydantic knows how to read ``kind`` for sure."""
+    if any(kind is plain for plain in _PLAIN):
+        return True
+    return typing.get_origin(kind) in _OF_PLAIN and all(map(_is_plain, typing.get_args(kind)))
+
+
 def _type_text(kind: object) -> str:
     if isinstance(kind, str):
         return kind
@@ -317,4 +340,4 @@ def _catch_all(behaviour: type, name: str) -> Callable[..., Any] | None:
 
 
 # The first use imports much of pydantic; done here, it is paid once, before workers are forked.
-Parameters("warm", {"up": int}, {}, ())
+Parameters("warm", {"up": int}, {}, ()).read('{"up": 1}')

@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from node_agent.behaviours.interface import BadBehaviour, did_you_mean
 from node_agent.behaviours.server import Server
@@ -25,7 +24,6 @@ def load(target: str, path: Sequence[str] = ()) -> type[Server]:
         raise BadBehaviour(f'behaviour "{target}" must be written "module:Class"')
     refuse_shadows(path)
     sys.path[:0] = [directory for directory in path if directory not in sys.path]
-    importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -53,9 +51,9 @@ def refuse_shadows(path: Sequence[str]) -> None:
     """
     for directory in path:
         for name in OURS:
-            own = Path(str(sys.modules[name].__file__))
-            for theirs in (Path(directory, f"{name}.py"), Path(directory, name, "__init__.py")):
-                if theirs.exists() and not os.path.samefile(theirs, own):
+            own = str(sys.modules[name].__file__)
+            for theirs in (f"{directory}/{name}.py", f"{directory}/{name}/__init__.py"):
+                if os.path.exists(theirs) and not os.path.samefile(theirs, own):
                     raise BadBehaviour(
                         f"{theirs} has the name of pgherd's own module {own}, and one process can have "
                         f"only one of them: rename it"
