@@ -13,6 +13,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any
 
 import grpc
 
@@ -32,7 +33,7 @@ from node_agent.warden_link import WardenLink
 from node_agent.wishes import Wishes
 from registry import events, security
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
-from registry.config import AgentConfig
+from registry.config import AgentConfig, ConfigInvalid
 from registry.directory import Directory
 from registry.errors import Denied, StoreError
 from registry.etcd import EtcdStore
@@ -362,9 +363,16 @@ async def run(config: AgentConfig, control_fd: int) -> int:
         await agent.run()
     except* Restored as restored:
         # Every connection to etcd that saw the lost history is of no use: the warden starts a new process.
-        agent.log(events.EtcdRestored(reason=str(restored.exceptions[0])))
+        agent.log(events.EtcdRestored(reason=_words(restored)))
         code = 1
-    except* (OSError, Denied) as failed:
-        agent.log(events.AgentFailed(host=config.host, why="; ".join(map(str, failed.exceptions))))
+    except* (OSError, Denied, ConfigInvalid) as failed:
+        agent.log(events.AgentFailed(host=config.host, why=_words(failed)))
         code = 1
     return code
+
+
+def _words(group: BaseExceptionGroup[Any]) -> str:
+    """Return what the errors of a group say, however deep it is: every task group around them adds a level."""
+    return "; ".join(
+        _words(each) if isinstance(each, BaseExceptionGroup) else str(each) for each in group.exceptions
+    )
