@@ -372,7 +372,7 @@ async def run(config: AgentConfig, control_fd: int) -> int:
 
 
 def _words(group: BaseExceptionGroup[Any]) -> str:
-    """Return what the errors of a group say, however deep it is: every task group around them adds a level."""
+    """Return what the errors of a group say, however deep it is: each task group around them adds a level."""
     return "; ".join(
         _words(each) if isinstance(each, BaseExceptionGroup) else str(each) for each in group.exceptions
     )
