@@ -2,8 +2,9 @@
 
 The client's own agent (its home) says where a name is; the request then goes to the owner's agent directly.
 Where that is not known or cannot be reached, home passes it on.  A name keeps its route while anything on it
-is unanswered, so requests for one name arrive in the order they were made; a request takes another route only
-when the link gave it back, which it does only for what was never handed over.
+is unanswered, so requests for one name arrive in the order they were made; but when answers say that the owner
+is another, later requests wait half a second only: the agent of a frozen host never answers.  A request takes
+another route only when the link gave it back, which it does only for what was never handed over.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from bisect import insort
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -28,6 +30,8 @@ AVOID = 1.0
 """Seconds in which an agent that could not be reached is not tried directly again."""
 KEEP = 0.5
 """Seconds that a route is kept at least, whatever the answers say: home may not know better yet."""
+OVERLAP = 0.5
+"""Seconds that requests wait for the answers of a route that has ended."""
 DETOUR = 10.0
 """Seconds until a route through home is sought anew."""
 DIRECT_TIMEOUT = 1.0
@@ -60,7 +64,14 @@ class _Route:
     until: Boottime = NEVER
     unanswered: int = 0
     is_sought: bool = False
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: list[_Sent] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """One request less is unanswered."""
+        self.unanswered -= 1
+        if not self.unanswered:
+            self.drained.set()
 
 
 class _Sent:
@@ -80,7 +91,7 @@ class _Sent:
 
     def __call__(self, frame: pb.Frame) -> None:
         route = self.route
-        route.unanswered -= 1
+        route.settle()
         if frame.epoch != route.epoch:
             # Somebody else answered than we thought, or nobody did: ask again where the name is.
             route.until = route.found_at + KEEP
@@ -89,7 +100,7 @@ class _Sent:
 
     def taken_back(self, why: HerdError) -> None:
         """It was not handed over; nothing was executed."""
-        self.route.unanswered -= 1
+        self.route.settle()
         self.routes._seek_another(self)
 
     def refuse(self, why: HerdError) -> None:
@@ -141,7 +152,7 @@ class Routes:
         self._sent += 1
         sent = _Sent(self, self._sent, frame, deadline, route)
         link = route.link
-        if link is None or route.waiting or (now >= route.until and not route.unanswered):
+        if link is None or route.waiting or now >= route.until:
             self._wait(sent)
         else:
             route.unanswered += 1
@@ -175,6 +186,7 @@ class Routes:
     async def _seek(self, name: str, route: _Route) -> None:
         """Find a link for ``route`` and send what waits for it; refuse it when there is none."""
         try:
+            await self._drain(route)
             route.link = await self._best_link(name, route)
         except HerdError as error:
             _refuse(route, error)
@@ -186,6 +198,14 @@ class Routes:
         for sent in waiting:
             route.unanswered += 1
             route.link.request(sent.frame, sent, now)
+
+    @staticmethod
+    async def _drain(route: _Route) -> None:
+        if route.unanswered:
+            route.drained.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(OVERLAP):
+                    await route.drained.wait()
 
     async def _best_link(self, name: str, route: _Route) -> Link:
         """Return the link to the owner's agent, or home's; raises Unreachable when there is neither."""

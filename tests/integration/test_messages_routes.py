@@ -43,6 +43,29 @@ async def test_name_keeps_its_route_while_something_on_it_is_unanswered(
             assert gamma.peers.heard(beta.node) == heard
 
 
+async def test_agent_that_never_answers_does_not_keep_a_busy_name_on_its_route(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A host that was frozen: its connection stands, its name is elsewhere, and the calls never pause."""
+    monkeypatch.setattr(routes, "KEEP", 0.0)
+    monkeypatch.setattr(routes, "OVERLAP", 0.05)
+    async with a_herd() as herd:
+        alpha, beta, gamma = [await herd.agent(host) for host in ("alpha", "beta", "gamma")]
+        frozen = Keeps()
+        await herd.serve("list", beta, frozen)
+        async with Client(alpha.address) as client:
+            short = asyncio.ensure_future(client.call("list", "add", 1, timeout=0.1))
+            long = [asyncio.ensure_future(client.call("list", "add", 2, timeout=20)) for _ in range(3)]
+            await until(lambda: len(frozen.requests) == 4)
+            await herd.serve("list", gamma)
+            with pytest.raises(UnknownOutcome):
+                await short
+            assert await client.call("list", "add", 3, timeout=2) == 3
+            assert not any(each.done() for each in long)
+            frozen.answer()
+            assert await asyncio.gather(*long) == [2, 2, 2]
+
+
 async def test_owner_that_the_client_cannot_reach_is_called_through_home(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
