@@ -337,7 +337,10 @@ class Agent:
         record = self._directory.nodes.get(owner.node) or self._directory.departed.get(owner.node)
         if record is None:
             return False
-        channel = self._connect(record.address)
+        try:
+            channel = self._connect(record.address)
+        except (OSError, Denied):
+            return False
         try:
             stub = cluster_pb2_grpc.ClusterStub(channel)
             request = cluster_pb2.ConfirmRequest(name=owner.name, epoch=owner.epoch)

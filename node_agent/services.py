@@ -76,7 +76,10 @@ class Remote:
         """Yield every other living host with a channel to its agent."""
         for record in self._view.directory.nodes.values():
             if record.node != self._view.membership.node and record.host != self._view.config.host:
-                yield record.host, self._peers.channel(record.node)
+                channel = None
+                with suppress(HerdError):
+                    channel = self._peers.channel(record.node)
+                yield record.host, channel
 
 
 def relayed(context: Context) -> bool:

@@ -14,7 +14,7 @@ import grpc
 
 from registry.clock import Boottime, Clock
 from registry.directory import Change, Directory
-from registry.errors import Unreachable
+from registry.errors import HerdError, Unreachable
 from registry.events import Event, LinkDropped
 from registry.link import Asker, Link
 from registry.v1 import messages_pb2 as pb
@@ -84,7 +84,11 @@ class Peers:
 
     def request(self, node: str, frame: pb.Frame, asker: Asker) -> None:
         """Send a request to the agent of ``node``; ``asker`` hears what became of it, perhaps at once."""
-        peer = self._peers.get(node) or self._meet(node)
+        try:
+            peer = self._peers.get(node) or self._meet(node)
+        except HerdError as error:
+            asker.taken_back(error)
+            return
         if peer is None or not self._running:
             why = "it is this agent itself" if node == self._node() else "it has left, or we are leaving"
             asker.taken_back(Unreachable(f"node {node}: {why}", details={"node": node}))
@@ -99,7 +103,10 @@ class Peers:
         link.request(frame, asker, now)
 
     def channel(self, node: str) -> grpc.aio.Channel | None:
-        """Return a channel to the agent of ``node`` for unary requests; None when it is not a living peer."""
+        """Return a channel to the agent of ``node`` for unary requests; None when it is not a living peer.
+
+        Raises Denied, Unreachable.
+        """
         peer = self._peers.get(node) or self._meet(node)
         return peer.channel if peer else None
 
@@ -117,7 +124,11 @@ class Peers:
         record = self._directory.nodes.get(node)
         if record is None or node == self._node():
             return None
-        peer = self._peers[node] = _Peer(node, record.address, self._connect(record.address))
+        try:
+            channel = self._connect(record.address)
+        except OSError as error:
+            raise Unreachable(f"node {node} at {record.address}: {error}", details={"node": node}) from error
+        peer = self._peers[node] = _Peer(node, record.address, channel)
         return peer
 
     def _open(self, peer: _Peer) -> Link:

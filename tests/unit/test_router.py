@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 
 from registry import router as router_module
 from registry import wire
 from registry.clock import SYSTEM_CLOCK
-from registry.errors import Fenced, HerdError, NoOwner, Overloaded, UnknownOutcome, WrongEpoch
+from registry.errors import Denied, Fenced, HerdError, NoOwner, Overloaded, UnknownOutcome, WrongEpoch
 from registry.ownership import WorkerState
 from registry.router import WAITING_MESSAGES
 from registry.v1 import messages_pb2 as pb
@@ -281,3 +282,25 @@ async def test_a_thousand_waiting_requests_cost_little_to_wake(herd: Herd, agent
     agent.children.handlers["sweeper"] = echo
     agent.router.wake("sweeper")
     assert all(one.replies for one in sent)
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [(Denied("no TLS certificate"), "DENIED"), (FileNotFoundError("ca.crt"), "UNREACHABLE")],
+)
+async def test_an_agent_to_whom_no_channel_can_be_made_is_one_that_cannot_be_reached(
+    herd: Herd, monkeypatch: pytest.MonkeyPatch, obstacle: Exception, reason: str
+) -> None:
+    """Else what waits behind such a request would never be answered."""
+    alpha, beta = [await herd.agent(host) for host in ("alpha", "beta")]
+    await herd.serve("sweeper", beta)
+
+    def connect(address: str) -> grpc.aio.Channel:
+        raise obstacle
+
+    monkeypatch.setattr(alpha.peers, "_connect", connect)
+    first, second = [Sent(alpha, "sweeper", timeout=0.3) for _ in range(2)]
+    await first.answered()
+    await second.answered()
+    assert first.reason == reason
+    assert second.reason == "NO_OWNER"
