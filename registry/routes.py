@@ -2,9 +2,9 @@
 
 The client's own agent (its home) says where a name is; the request then goes to the owner's agent directly.
 Where that is not known or cannot be reached, home passes it on.  A name keeps its route while anything on it
-is unanswered, so requests for one name arrive in the order they were made; but when answers say that the owner
-is another, later requests wait half a second only: the agent of a frozen host never answers.  A request takes
-another route only when the link gave it back, which it does only for what was never handed over.
+is unanswered, so requests for one name arrive in the order they were made; but when answers say that the
+owner is another, later requests wait half a second only: the agent of a frozen host never answers.  A request
+takes another route only when the link gave it back, which it does only for what was never handed over.
 """
 
 from __future__ import annotations
