@@ -9,7 +9,10 @@ make every agent look whether it can deliver yet.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 
+from registry.errors import Invalid
 from registry.names import Names
 from registry.ownership import Status, WorkerState
 from registry.store import LeaseId
@@ -53,8 +56,19 @@ class Publisher:
         while True:
             while self._unwritten:
                 name, status = next(iter(self._unwritten.items()))
-                await self._names.put_status(status, self._lease)
+                await self._put(status)
                 if self._unwritten[name] is status:
                     del self._unwritten[name]
             self._wake.clear()
             await self._wake.wait()
+
+    async def _put(self, status: Status) -> None:
+        """Write it; of a daemon that offers more than fits, without the descriptions, or without the methods.
+
+        That it serves matters more, and the other names must not wait for it.
+        """
+        undescribed = tuple(replace(method, description="") for method in status.methods)
+        for methods in (status.methods, undescribed, ()):
+            with suppress(Invalid):
+                await self._names.put_status(replace(status, methods=methods), self._lease)
+                return

@@ -10,7 +10,16 @@ import pytest
 
 from node_agent.publisher import LASTS, Publisher
 from registry.names import Names
-from registry.ownership import Status, WorkerState, cluster_prefix, decode_status, encode_owner, epoch_of
+from registry.ownership import (
+    STATUS_LIMIT,
+    Method,
+    Status,
+    WorkerState,
+    cluster_prefix,
+    decode_status,
+    encode_owner,
+    epoch_of,
+)
 from registry.store import KeyValue, Put
 from tests.support.clocks import LoopClock
 from tests.support.memory_store import MemoryStore
@@ -29,9 +38,9 @@ class Node:
         self._publisher = Publisher(Names(store, PREFIX), lease)
         self._running = asyncio.create_task(self._publisher.run())
 
-    def publish(self, state: WorkerState, start: int = 1) -> None:
+    def publish(self, state: WorkerState, start: int = 1, methods: tuple[Method, ...] = ()) -> None:
         self._publisher.publish(
-            Status(name=NAME, epoch=self._epoch, start=start, state=state, pid=7, since=0.5)
+            Status(name=NAME, epoch=self._epoch, start=start, state=state, pid=7, since=0.5, methods=methods)
         )
 
     async def written(self) -> tuple[int, WorkerState, int] | None:
@@ -88,3 +97,19 @@ async def test_ready_is_not_written_after_it_was_over(node: Node) -> None:
     node.publish(WorkerState.STARTING, start=2)
     await asyncio.sleep(LASTS / 10)
     assert await node.written() == (1, WorkerState.STARTING, 2)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        (Method("sweep", "call", "()", "x" * STATUS_LIMIT),),
+        tuple(Method(f"method-{number}", "call", "()") for number in range(STATUS_LIMIT // 10)),
+    ],
+    ids=["long description", "many methods"],
+)
+async def test_a_daemon_that_offers_more_than_fits_is_published_as_ready(
+    node: Node, methods: tuple[Method, ...]
+) -> None:
+    node.publish(WorkerState.READY, methods=methods)
+    await asyncio.sleep(1)
+    assert await node.written() == (1, WorkerState.READY, 1)
