@@ -48,6 +48,7 @@ class Herd:
         self.hosts = cluster.hosts
         self.nemesis = Nemesis()
         self.calls: list[Call] = []
+        self.not_judged: set[str] = set()
         self._clients: dict[str, Client] = {}
         self._open = AsyncExitStack()
         self._test = next(_numbers)
@@ -142,9 +143,9 @@ class Herd:
         except TimeoutError:
             raise AssertionError(f"not within {within:g} s: {words} in\n{said}") from None
 
-    async def unowned(self, *names: str, within: float = RESTART) -> None:
+    async def unowned(self, *names: str, via: str = "", within: float = RESTART) -> None:
         """Wait until none of these names has an owner."""
-        client = await self.client()
+        client = await self.client(via)
         async with asyncio.timeout(within):
             while any(each.epoch for each in await client.names() if each.name in names):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -159,8 +160,10 @@ class Herd:
         answer = await client.rpc(stub.Children, supervision_pb2.ChildrenRequest(host=host))
         return list(answer.children)
 
-    async def call(self, name: str, method: str = "add", *, via: str = "", timeout: float = 2.0) -> Call:
-        """Make one request and write down how it ended."""
+    async def call(
+        self, name: str, method: str = "add", *, via: str = "", timeout: float = 2.0, **more: object
+    ) -> Call:
+        """Make one request, with ``more`` arguments, and write down how it ended."""
         kind = "cast" if method == "note" else "call"
         number = len(self.calls)
         asked = Call(f"{name}#{number}", name, kind, SYSTEM_CLOCK.now())
@@ -168,7 +171,7 @@ class Herd:
         try:
             client = await self.client(via)
             ask = client.cast if kind == "cast" else client.ask
-            answer = await ask(name, method, {"op": asked.op}, timeout=timeout)
+            answer = await ask(name, method, {"op": asked.op, **more}, timeout=timeout)
         except DaemonError as error:
             done = replace(asked, outcome="reply", error=str(error))
         except Refused as error:
@@ -298,6 +301,8 @@ class Herd:
     async def heal(self) -> None:
         """Undo every fault, remove every spec, and wait until nothing runs any more."""
         await self.restore()
+        # Those of the test may be waiting before they look for a restarted agent again.
+        await self.close()
         client = await self.client()
         supervision = supervision_pb2_grpc.SupervisionStub(client.channel)
         answer = await client.rpc(supervision.Specs, supervision_pb2.SpecsRequest())
@@ -308,6 +313,10 @@ class Herd:
                 continue
         await eventually(lambda: not self.observer.alive(), 20.0, f"all end: {self.observer.alive()}")
         await self.unowned(*(each.name for each in await client.names()), within=10.0)
+        for host in self.hosts.values():
+            # A warden waits longer before it starts an agent the more of them have died young.
+            if (await host.ready()).generation > 2:
+                await host.kill()
 
     def print_log(self, host: Host, since: int = 0) -> None:
         """Print what a host has said, for whoever reads why a test failed."""
@@ -327,6 +336,7 @@ class Herd:
         await asyncio.to_thread(self.cluster.etcd.wait_healthy, *members)
 
     async def close(self) -> None:
+        self._clients.clear()
         await self._open.aclose()
 
     def history(self) -> History:
@@ -347,5 +357,5 @@ class Herd:
         )
 
     def violations(self) -> list[Violation]:
-        """Return every promise that was broken up to now."""
-        return check(self.history())
+        """Return every promise that was broken up to now, but for those a test cannot hold us to."""
+        return [found for found in check(self.history()) if found.promise not in self.not_judged]

@@ -40,6 +40,11 @@ class Nemesis:
             await eventually(lambda pid=pid: _state(pid) in "TZX", _STOPS_WITHIN, f"{pid} is stopped")  # type: ignore[misc]
             self.pauses.begin(pid, SYSTEM_CLOCK.now())
 
+    async def gone(self, *pids: int) -> None:
+        """Return when none of them runs any more."""
+        for pid in pids:
+            await eventually(lambda pid=pid: _state(pid) in "ZX", _STOPS_WITHIN, f"{pid} is dead")  # type: ignore[misc]
+
     def resume(self, *pids: int) -> None:
         """SIGCONT; those that were killed meanwhile stay dead."""
         for pid in pids:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from node_agent.behaviours import Server, call, cast
 from tests.cluster.daemons.report import Report
 
+_INSERT = "insert into ledger (op, name, epoch, start) values (%s, %s, %s, %s)"
+
 
 class Ledger(Server):
     """``broken_on``: hosts where it cannot start; ``never_ready_on``: hosts where it never says ready."""
@@ -45,10 +47,16 @@ class Ledger(Server):
         """Execute an operation that writes a row, in a fenced transaction."""
         self.report.did(op)
         async with self.backend("app") as tx:
-            await tx.execute(
-                "insert into ledger (op, name, epoch, start) values (%s, %s, %s, %s)",
-                (op, self.name, self.epoch, self.start),
-            )
+            await tx.execute(_INSERT, (op, self.name, self.epoch, self.start))
+        return self.host
+
+    @call
+    async def write_slowly(self, op: str, seconds: float) -> str:
+        """Execute an operation whose transaction is open for so long in the server."""
+        self.report.did(op)
+        async with self.backend("app") as tx:
+            await tx.execute(_INSERT, (op, self.name, self.epoch, self.start))
+            await tx.execute("select pg_sleep(%s)", (seconds,))
         return self.host
 
     @call
