@@ -19,6 +19,8 @@ from registry.errors import UnknownOutcome
 from registry.units import parse_duration
 
 _MOST_BATCHES = 100
+_AT_FIRST = 0.05
+"""Seconds from a start to its first sweep: those who waited for the daemon to be back are answered before."""
 _NOT_NOW = (FenceUnavailable, StatementError)
 """What a database does that is away, or is not prepared."""
 
@@ -83,7 +85,7 @@ class Sweeper(Server):
         self._batches = 0
         self._last_sweep: datetime | None = None
         self._failing: dict[str, str] = {}
-        self._next(0)
+        self._next(_AT_FIRST)
 
     @call
     async def status(self) -> Status:
