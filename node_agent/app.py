@@ -95,6 +95,11 @@ class ChildHost:
     def last_start(self, key: str, epoch: int) -> int:
         return self.counted.get((key, epoch), 0)
 
+    def forget(self, key: str) -> None:
+        """Forget the counts of a name that has ended here: its next epoch starts at 1."""
+        for counted in [counted for counted in self.counted if counted[0] == key]:
+            del self.counted[counted]
+
     def may_act_until(self) -> Boottime:
         return self.until()
 
@@ -134,7 +139,11 @@ class Agent:
             counted=dict(link.welcome.starts),
         )
         self._supervisor = Supervisor(
-            self._host, link, on_change=self._child_changed, on_end=self._child_ended
+            self._host,
+            link,
+            on_change=self._child_changed,
+            on_end=self._child_ended,
+            on_buried=self._child_buried,
         )
         self._store = make_store(config)
         self._directory = Directory(self._store, prefix, SYSTEM_CLOCK, self._emit)
@@ -143,7 +152,9 @@ class Agent:
         wishes = Wishes(config.databases)
         self._local = Local(self._supervisor, self._trusted, self._directory.specs)
 
-        def holdings(node: str, lease: LeaseId, persist: Persist) -> Holdings:
+        def holdings(
+            node: str, lease: LeaseId, persist: Persist, present: Callable[[], Awaitable[object]]
+        ) -> Holdings:
             return Holdings(
                 host=config.host,
                 node=node,
@@ -156,6 +167,7 @@ class Agent:
                 clock=SYSTEM_CLOCK,
                 emit=self._emit,
                 persist=persist,
+                present=present,
                 methods=self._local.methods,
                 confirm=self._confirm,
                 silent_until=self._silent_until,
@@ -271,12 +283,13 @@ class Agent:
                         child.confirm()
                 case adoption.Kill(row, why):
                     self._emit(events.WorkerNotAdopted(name=row.child, pid=row.pid, why=why))
-                    self._link.kill(row.worker)
+                    self._supervisor.bury(row)
         return former
 
     def _run_own_children(self) -> None:
         for spec in self._own.specs:
-            if not spec.name and spec.id not in self._supervisor.children:
+            known = self._supervisor.runs(spec.id) or spec.id in self._supervisor.children
+            if not spec.name and not known:
                 self._supervisor.run_child(spec)
 
     # Stopping.
@@ -310,9 +323,18 @@ class Agent:
         self._router.wake(child.key)
 
     def _child_ended(self, ending: Ending) -> None:
-        self._link.remember(adoption.child_key(ending.child.key), None)
+        key = ending.child.key
+        self._link.remember(adoption.child_key(key), None)
+        if ending.child.ownership is not None:
+            self._host.forget(key)
+            if key not in self._directory.specs:
+                self._link.drop(key)
         self._membership.ended(ending)
-        self._router.wake(ending.child.key)
+        self._router.wake(key)
+
+    def _child_buried(self, key: str) -> None:
+        self._run_own_children()
+        self._membership.look_again()
 
     def _facts(self, node: str, state: NodeState) -> NodeRecord:
         config = self._config

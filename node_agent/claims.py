@@ -20,9 +20,9 @@ from node_agent.wishes import Wish, Wishes
 from registry import events
 from registry.clock import Boottime, Clock
 from registry.directory import Change, Directory
-from registry.errors import HerdError, StoreError
-from registry.names import Bidder, Claimed, ClaimRequest, Names, Refusal, Taken
-from registry.ownership import Owner, PlacementRecord
+from registry.errors import StoreAmbiguous, StoreError
+from registry.names import Bidder, Claimed, ClaimRequest, ClaimResult, Names, Refusal, Taken
+from registry.ownership import PAUSE, Owner, PlacementRecord
 from registry.placement import Candidate, explain, rank
 from registry.specs import SpecRecord
 
@@ -186,6 +186,9 @@ class Claims:
         candidates = candidates_of(directory) if unowned else ()
         verdicts: dict[str, Due | NotHere] = {}
         for name in unowned:
+            if directory.pause_revision:
+                verdicts[name] = NotHere(name, f"claims are paused: etcd has the key {PAUSE}")
+                continue
             record = directory.placements.get(name)
             verdict = decide(
                 self._wishes.read(directory.specs[name]),
@@ -212,7 +215,7 @@ class Claims:
         names = {item.name for item, _ in batch}
         self.pending |= names
         try:
-            answers = await self._names.claim_many([request for _, request in batch], self._bidder())
+            answers = await self._ask([request for _, request in batch])
         except StoreError as error:
             for name in names:
                 self._hold(name, f"etcd did not answer: {error}")
@@ -239,6 +242,14 @@ class Claims:
             # This host began to leave while it claimed.  If the release fails, the end of the lease does it.
             with suppress(StoreError):
                 await self._names.release(claimed.name, claimed.epoch, f"{self._host} does not take it")
+
+    async def _ask(self, requests: list[ClaimRequest]) -> list[ClaimResult]:
+        """Claim; a claim that may have been committed is repeated once, for a repetition tells which."""
+        bidder = self._bidder()
+        try:
+            return await self._names.claim_many(requests, bidder)
+        except StoreAmbiguous:
+            return await self._names.claim_many(requests, bidder)
 
     def _request(self, wish: SpecRecord) -> ClaimRequest:
         placement = self._directory.placements.get(wish.name)
@@ -268,12 +279,8 @@ class Claims:
         loss = self._losses.get(name)
         if loss is None or loss.clean or loss.owner.node == self._node:
             return True
-        try:
-            if await self._confirm(loss.owner):
-                return True
-        except HerdError as error:
-            self._hold(name, f"{loss.owner.host} could not confirm that it stopped: {error}")
-            return False
+        if await self._confirm(loss.owner):
+            return True
         until = self._silent_until(loss.owner)
         if until <= self._clock.now():
             return True

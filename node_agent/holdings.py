@@ -36,14 +36,17 @@ SETTLE_TIMEOUT = 5.0
 Persist = Callable[[Callable[[], Awaitable[object]]], Coroutine[Any, Any, None]]
 """Repeats an attempt until etcd answers."""
 
+DIGEST = "spec"
+"""Name of the metadata that says which spec, by its digest, a process was started with."""
+
 _STATES = {State.READY: WorkerState.READY, State.STOPPING: WorkerState.STOPPING}
 
 
 class Holdings:
     """The names of ``node`` under ``lease``.
 
-    ``methods(key)`` is what a child offers; ``confirm`` and ``silent_until`` are what
-    :class:`~node_agent.claims.Claims` wants to know about other nodes.
+    ``present()`` puts this node's key back if somebody deleted it; ``methods(key)`` is what a child offers;
+    ``confirm`` and ``silent_until`` are what :class:`~node_agent.claims.Claims` wants to know about others.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Holdings:
         clock: Clock,
         emit: Callable[[events.Event], None],
         persist: Persist,
+        present: Callable[[], Awaitable[object]],
         methods: Callable[[str], Collection[names_pb2.Method]],
         confirm: Callable[[Owner], Awaitable[bool]],
         silent_until: Callable[[Owner], Boottime],
@@ -67,7 +71,7 @@ class Holdings:
         self._host, self._node = host, node
         self._directory, self._names, self._specs = directory, names, specs
         self._supervisor, self._wishes, self._emit = supervisor, wishes, emit
-        self._persist, self._methods = persist, methods
+        self._persist, self._present, self._methods = persist, present, methods
         self._settling: set[str] = set()
         self._endings: asyncio.Queue[Ending] = asyncio.Queue()
         self._closing = False
@@ -162,12 +166,14 @@ class Holdings:
                 pid=child.pid,
                 since=child.since,
                 methods=tuple(methods),
+                metadata={DIGEST: child.spec.digest},
             )
         )
 
     async def _reconcile(self) -> None:
         while True:
             await self._persist(self._reconciler.once)
+            await self._persist(self._present)
             await asyncio.sleep(EVERY)
 
     def _busy(self) -> Collection[str]:
@@ -218,13 +224,17 @@ class Holdings:
             self.claims.look_again()
 
     async def _settle_endings(self) -> None:
-        while True:
-            ending = await self._endings.get()
-            await self._persist(partial(self._settle, ending))
-            self._settling.discard(ending.child.key)
-            # The directory has told of the release before: this host did not count as free for it then.
-            self.claims.look_again()
-            self._endings.task_done()
+        """Settle each name on its own: one that etcd does not let go yet holds up no other."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                tasks.create_task(self._settle_one(await self._endings.get()))
+
+    async def _settle_one(self, ending: Ending) -> None:
+        await self._persist(partial(self._settle, ending))
+        self._settling.discard(ending.child.key)
+        # The directory has told of the release before: this host did not count as free for it then.
+        self.claims.look_again()
+        self._endings.task_done()
 
     async def _settle(self, ending: Ending) -> None:
         """Give a name up as fits the end of its child.  Raises StoreError."""

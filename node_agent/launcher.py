@@ -91,6 +91,8 @@ class Launcher:
         self._clear_away()
         while not self._stopping:
             warden = self._start()
+            if warden is None:
+                break
             self._attend(warden)
             self._clear_away()
             self._timer.arm(None)
@@ -101,7 +103,7 @@ class Launcher:
 
     # One warden.
 
-    def _start(self) -> _Warden:
+    def _start(self) -> _Warden | None:
         while True:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
@@ -111,6 +113,9 @@ class Launcher:
                 self._namespace = False
             except OSError as error:
                 kernel.complain(f"launcher: no process for the warden: {error.strerror}")
+                if self._stopping:
+                    ours.close()
+                    return None
                 self._rest(self._respawn.pause(0.0))
             else:
                 self._warden_ended = False

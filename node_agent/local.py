@@ -68,7 +68,10 @@ class Local:
         """Return a reply that calls an answer unknown which comes when this host may not act any more."""
 
         def answer(answered: messages_pb2.Frame) -> None:
-            if answered.HasField("error") or self._trusted():
+            if self._trusted() or answered.error.outcome in (
+                messages_pb2.OUTCOME_REFUSED,
+                messages_pb2.OUTCOME_UNKNOWN,
+            ):
                 reply(answered)
             else:
                 unknown = UnknownOutcome(

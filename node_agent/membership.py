@@ -50,8 +50,9 @@ class Phase(enum.Enum):
 class Membership:
     """Joins the cluster again and again, until :meth:`leave`.
 
-    ``facts(node, state)`` makes this node's record, ``make_holdings(node, lease, persist)`` what holds names
-    under a session.  ``settled`` is set when it is clear which workers of a former agent are still ours.
+    ``facts(node, state)`` makes this node's record, ``make_holdings(node, lease, persist, present)`` what
+    holds names under a session.  ``settled`` is set when it is clear which workers of a former agent are
+    still ours.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Membership:
         clock: Clock,
         emit: Callable[[events.Event], None],
         facts: Callable[[str, NodeState], NodeRecord],
-        make_holdings: Callable[[str, LeaseId, Persist], Holdings],
+        make_holdings: Callable[[str, LeaseId, Persist, Callable[[], Awaitable[object]]], Holdings],
     ) -> None:
         self.phase = Phase.JOINING
         self.problem = "joining the cluster"
@@ -105,7 +106,9 @@ class Membership:
             while not self._leaving:
                 session = await self._begin(former)
                 former = None
-                holdings = self.holdings = self._make_holdings(self.node, session.lease, self._persist)
+                holdings = self.holdings = self._make_holdings(
+                    self.node, session.lease, self._persist, self._be_present
+                )
                 if self._leaving:
                     holdings.close()
                 reason = await self._live(session, holdings)
@@ -141,6 +144,11 @@ class Membership:
         """A child's task has ended: its name is settled in etcd."""
         if self.holdings is not None:
             self.holdings.ended(ending)
+
+    def look_again(self) -> None:
+        """A name that could not be claimed here may be now."""
+        if self.holdings is not None:
+            self.holdings.claims.look_again()
 
     # Beginning a session.
 
@@ -214,6 +222,13 @@ class Membership:
         await self._persist(lambda: self._nodes.update(ready, session.lease))
         self.phase, self.problem = Phase.READY, ""
         await holdings.run()
+
+    async def _be_present(self) -> None:
+        """Put the node key back if somebody has deleted it: without it nothing can be claimed."""
+        session = self.session
+        if session is not None and self._directory.in_sync and self.node not in self._directory.nodes:
+            ready = self._facts(self.node, NodeState.READY)
+            await self._nodes.register(ready, session.lease, former=self._former)
 
     async def _persist(self, attempt: Callable[[], Awaitable[object]]) -> None:
         """Repeat an attempt until etcd answers and lets us."""

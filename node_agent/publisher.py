@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from registry.errors import Invalid
-from registry.names import Names
+from registry.names import Names, Written
 from registry.ownership import Status, WorkerState
-from registry.store import LeaseId
+from registry.store import LeaseId, Revision
 
 LASTS = 0.05
 """Seconds in *starting* after which it is written."""
@@ -28,6 +28,7 @@ class Publisher:
         self._names, self._lease = names, lease
         self._unwritten: dict[str, Status] = {}
         self._passing: dict[str, Status] = {}
+        self._written: dict[str, Revision] = {}
         self._wake = asyncio.Event()
 
     def publish(self, status: Status) -> None:
@@ -68,7 +69,10 @@ class Publisher:
         That it serves matters more, and the other names must not wait for it.
         """
         undescribed = tuple(replace(method, description="") for method in status.methods)
+        seen = self._written.get(status.name, 0)
         for methods in (status.methods, undescribed, ()):
             with suppress(Invalid):
-                await self._names.put_status(replace(status, methods=methods), self._lease)
+                status = replace(status, methods=methods)
+                answer = await self._names.put_status(status, self._lease, seen=seen)
+                self._written[status.name] = answer.mod_revision if isinstance(answer, Written) else 0
                 return

@@ -33,7 +33,8 @@ class Supervisor:
 
     ``on_change(child)`` is told every change of state; ``on_end(ending)`` when a child's task has ended.  A
     child with a name has left the table then: it is others' now.  A node-local one stays, to be seen as what
-    it is and to be restarted by hand: nobody else will run it.
+    it is and to be restarted by hand: nobody else will run it.  ``on_buried(key)`` is told when nothing is
+    left of a process that :meth:`bury` was called for.
     """
 
     def __init__(
@@ -43,12 +44,15 @@ class Supervisor:
         *,
         on_change: Callable[[Child], None],
         on_end: Callable[[Ending], None],
+        on_buried: Callable[[str], None],
     ) -> None:
         self.children: dict[str, Child] = {}
+        self._dying: dict[str, str] = {}
         self._host = host
         self._link = link
         self._on_change = on_change
         self._on_end = on_end
+        self._on_buried = on_buried
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -69,6 +73,9 @@ class Supervisor:
             match message:
                 case protocol.Exited() if child is not None:
                     child.exited(message)
+                case protocol.Gone() if self._dying.get(message.child) == message.worker:
+                    del self._dying[message.child]
+                    self._on_buried(message.child)
                 case protocol.Gone() if child is not None:
                     child.gone(message.worker)
                 case _:
@@ -92,6 +99,11 @@ class Supervisor:
         """Take over a process that a former agent had started; it serves after ``confirm``."""
         process = Process(row.worker, row.pid, row.start, row.since)
         return self._add(spec, ownership, window, adopt=process)
+
+    def bury(self, row: protocol.WorkerRow) -> None:
+        """Kill a process that nobody takes over; its key counts as running until nothing of it is left."""
+        self._dying[row.child] = row.worker
+        self._link.kill(row.worker)
 
     def _add(
         self,
@@ -123,9 +135,9 @@ class Supervisor:
         self._on_end(Ending(child, state))
 
     def runs(self, key: str) -> bool:
-        """Return whether a child of that key is alive, in whatever state."""
+        """Return whether a child of that key is alive, in whatever state, or not wholly dead yet."""
         child = self.children.get(key)
-        return child is not None and child.state not in ENDS
+        return key in self._dying or (child is not None and child.state not in ENDS)
 
     def restart(self, key: str, why: str) -> None:
         """Stop a child and start it again, or start one that has ended.  Raises KeyError."""

@@ -183,6 +183,7 @@ async def test_a_local_child_that_gave_up_stays_in_the_table_and_can_be_restarte
         cast(WardenLink, link),
         on_change=lambda child: None,
         on_end=ended.append,
+        on_buried=lambda key: None,
     )
     (local,) = parse('schema = 1\n[[child]]\nid = "job"\nintensity = 0\nrun.command = ["true"]\n', "x.toml")
     child = supervisor.run_child(local)
