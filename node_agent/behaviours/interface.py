@@ -14,14 +14,14 @@ import json
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from types import UnionType
-from typing import Any, Literal, NotRequired, Required, Union
+from typing import Any, Literal, NotRequired, Required
 
 import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict
 
+from node_agent.behaviours.plain import plain_reader, plain_schema
 from registry.errors import Invalid, NoSuchMethod
 from registry.v1 import messages_pb2, names_pb2
 
@@ -32,9 +32,6 @@ MARK = "_pgherd_kind"
 
 SHOWN = 100
 """Characters of a wrong value that are repeated in an error."""
-
-_PLAIN = (Any, bool, bytes, float, int, str, type(None))
-_OF_PLAIN = (Union, UnionType, dict, list)
 
 
 class BadBehaviour(Exception):
@@ -50,36 +47,33 @@ class Parameters:
         """``written`` is how the author wrote each of the ``types``; ``owner`` begins every error."""
         self._owner = owner
         self._types = {name: _type_text(written.get(name, kind)) for name, kind in types.items()}
-        self._kinds = types
         self.required = frozenset(required)
-        self._reader: Callable[[str], Any] | None = None
-        if not all(_is_plain(kind) for kind in types.values()):
-            try:
-                self._reader = self._make_reader()
-            except (PydanticUserError, TypeError) as error:
-                raise BadBehaviour(f"{owner} cannot be checked: {str(error).splitlines()[0]}") from error
+        self._plain = {name: schema for name, kind in types.items() if (schema := plain_schema(kind))}
+        self._read: Callable[[str], Any] | None = None
+        if len(self._plain) < len(types):
+            self._read = self._made_by_pydantic(types)
 
-    def _make_reader(self) -> Callable[[str], Any]:
-        """Have pydantic make what reads the values: a millisecond that a restarted worker can do without.
-
-        So plain types, for which that cannot fail, wait for the first request that needs it.
-        """
+    def _made_by_pydantic(self, types: Mapping[str, Any]) -> Callable[[str], Any]:
         members = {
             name: Required[kind] if name in self.required else NotRequired[kind]
-            for name, kind in self._kinds.items()
+            for name, kind in types.items()
         }
         # A TypedDict made at run time, which type checkers have no notion of.
         make: Any = TypedDict
         shape = make(self._owner, members)
         shape.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-        return TypeAdapter(shape).validator.validate_json
+        try:
+            return TypeAdapter(shape).validator.validate_json
+        except (PydanticUserError, TypeError) as error:
+            raise BadBehaviour(f"{self._owner} cannot be checked: {str(error).splitlines()[0]}") from error
 
     def read(self, text: str) -> dict[str, Any]:
         """Return the values in the JSON object ``text``.  Raises :class:`registry.errors.Invalid`."""
-        if self._reader is None:
-            self._reader = self._make_reader()
+        if self._read is None:
+            members = {name: (schema, name in self.required) for name, schema in self._plain.items()}
+            self._read = plain_reader(members)
         try:
-            return typing.cast(dict[str, Any], self._reader(text))
+            return typing.cast(dict[str, Any], self._read(text))
         except ValidationError as error:
             raise self._invalid(error) from None
         except Exception as error:
@@ -296,13 +290,6 @@ class _Written:
         return self._text
 
 
-def _is_plain(kind: Any) -> bool:
-    """Tell whether pydantic knows how to read ``kind`` for sure."""
-    if any(kind is plain for plain in _PLAIN):
-        return True
-    return typing.get_origin(kind) in _OF_PLAIN and all(map(_is_plain, typing.get_args(kind)))
-
-
 def _type_text(kind: object) -> str:
     if isinstance(kind, str):
         return kind
@@ -340,4 +327,4 @@ def _catch_all(behaviour: type, name: str) -> Callable[..., Any] | None:
 
 
 # The first use imports much of pydantic; done here, it is paid once, before workers are forked.
-Parameters("warm", {"up": int}, {}, ()).read('{"up": 1}')
+Parameters("warm", {"up": tuple[int, ...]}, {}, ())
