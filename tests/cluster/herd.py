@@ -71,7 +71,9 @@ class Herd:
         return self._spec(name, run, prefer, {**keys, **({"fence": ["app"]} if keys.get("fence") else {})})
 
     def command(self, name: str, *options: str, prefer: Sequence[str] = (), **keys: object) -> str:
-        """Return the spec of a plain command with these options."""
+        """Return the spec of a plain command with these options; a deaf one must be killed after 2 s."""
+        if "--deaf" in options:
+            keys.setdefault("stop", [{"signal": "SIGTERM", "wait": "2s"}])
         script = str(_DAEMONS / "command.py")
         argv = [_PYTHON, "-IS", script, str(self.observer.path), "${host}", *options]
         return self._spec(name, {"command": argv}, prefer, keys)
@@ -102,14 +104,17 @@ class Herd:
             toml="schema = 1\n" + "".join(specs), source="test", who="test"
         )
         client = await self.client(via)
-        await client.rpc(supervision_pb2_grpc.SupervisionStub(client.channel).Apply, request, timeout=20.0)
+        await client.rpc(
+            supervision_pb2_grpc.SupervisionStub(client.channel).Apply, request, timeout=20.0, read_only=False
+        )
 
     async def wish(self, what: str, name: str, via: str = "") -> None:
         """Start, Stop, Delete or Restart a name."""
         client = await self.client(via)
         stub = supervision_pb2_grpc.SupervisionStub(client.channel)
         make = supervision_pb2.RestartRequest if what == "Restart" else supervision_pb2.NameRequest
-        await client.rpc(getattr(stub, what), make(name=name, who="test"), timeout=10.0)
+        request = make(name=name, who="test")
+        await client.rpc(getattr(stub, what), request, timeout=10.0, read_only=False)
 
     # Asking.
 

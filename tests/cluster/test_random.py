@@ -23,7 +23,7 @@ LASTS = 45.0
 """Seconds for which faults are made."""
 SETTLED = 40.0
 """Seconds after the last fault in which every name answers: a host's start, a lease, fifty claims."""
-CALLS_BETWEEN = 25
+CALLS_BETWEEN = 60
 log = logging.getLogger(__name__)
 
 
@@ -141,9 +141,9 @@ class Chaos:
 async def test_fifty_names_through_a_minute_of_faults(herd: Herd) -> None:
     seed = secrets.randbits(32)
     log.warning("seed %d", seed)
-    ledgers = [herd.name(f"ledger{number}") for number in range(30)]
-    fenced = [herd.name(f"fenced{number}") for number in range(10)]
-    commands = [herd.name(f"command{number}") for number in range(10)]
+    ledgers = [herd.name(f"ledger{number}") for number in range(24)]
+    fenced = [herd.name(f"fenced{number}") for number in range(6)]
+    commands = [herd.name(f"command{number}") for number in range(20)]
     await herd.apply(*(herd.ledger(name, intensity=50) for name in ledgers))
     await herd.apply(*(herd.ledger(name, intensity=50, fence=True) for name in fenced))
     await herd.apply(*(herd.command(name, "--orphan", intensity=50) for name in commands))

@@ -21,8 +21,9 @@ async def test_stop_and_start_are_wishes_that_stay(herd: Herd) -> None:
     await host.kill()
     await herd.ready()
     assert not herd.observer.alive(name)
-    await herd.wish("Start", name)
-    await herd.answers(name, within=RESTART, above=first.token)
+    (other, *_) = herd.others(host)
+    await herd.wish("Start", name, via=other)
+    await herd.answers(name, within=RESTART, above=first.token, via=other)
 
 
 async def test_a_deleted_spec_leaves_nothing(herd: Herd) -> None:
