@@ -26,7 +26,9 @@ from node_agent.local import Local
 from node_agent.membership import Membership, Restored
 from node_agent.postgres.fence import FenceRaiser
 from node_agent.restarts import RestartWindow
-from node_agent.services import Cluster, Remote, Supervision
+from node_agent.services.cluster import Cluster
+from node_agent.services.remote import Remote
+from node_agent.services.supervision import Supervision
 from node_agent.supervisor import Ending, Supervisor
 from node_agent.view import View
 from node_agent.warden_link import WardenLink
@@ -207,8 +209,9 @@ class Agent:
             log=self._emit,
             clock=SYSTEM_CLOCK,
         )
-        supervision = Supervision(view, specs, Remote(view, self._peers), link, self._emit)
-        cluster = Cluster(view, self._store, self._supervisor, self._replace_process)
+        remote = Remote(view, self._peers)
+        supervision = Supervision(view, specs, remote, link, self._emit)
+        cluster = Cluster(view, self._store, self._supervisor, remote, self._replace_process)
         self._server = Server(
             router=self._router,
             peers=self._peers,

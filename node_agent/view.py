@@ -25,6 +25,15 @@ from registry.v1 import cluster_pb2, supervision_pb2
 
 
 @dataclass(frozen=True, slots=True)
+class Around:
+    """What has to be asked for: etcd's members, the databases, and the nodes whose agents do not answer."""
+
+    members: tuple[MemberStatus, ...]
+    databases: tuple[cluster_pb2.DatabaseStatus, ...]
+    silent: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """The reading side of one agent."""
 
@@ -41,9 +50,7 @@ class View:
 
     # Cluster.
 
-    def status(
-        self, members: tuple[MemberStatus, ...], databases: tuple[cluster_pb2.DatabaseStatus, ...]
-    ) -> cluster_pb2.StatusResponse:
+    def status(self, around: Around) -> cluster_pb2.StatusResponse:
         """Return how this agent is."""
         membership, session = self.membership, self.membership.session
         welcome = self.welcome
@@ -66,17 +73,15 @@ class View:
                     leader=m.leader,
                     problem=m.error or ("" if m.has_leader else "it sees no leader"),
                 )
-                for m in members
+                for m in around.members
             ],
-            databases=databases,
-            problems=self.problems(members, databases),
+            databases=around.databases,
+            problems=self.problems(around),
             generation=welcome.generation,
             pids={"launcher": welcome.launcher_pid, "warden": welcome.warden_pid, "agent": welcome.agent_pid},
         )
 
-    def problems(
-        self, members: tuple[MemberStatus, ...], databases: tuple[cluster_pb2.DatabaseStatus, ...]
-    ) -> list[str]:
+    def problems(self, around: Around) -> list[str]:
         """Return what is not well, one sentence each."""
         found = []
         if self.membership.phase is not Phase.READY:
@@ -85,8 +90,14 @@ class View:
             found.append(self.membership.problem)
         if not self.directory.in_sync:
             found.append(f"the copy of the registry is stale {self.directory.stale_since}")
-        found += [f"etcd {m.endpoint}: {m.error}" for m in members if m.error]
-        found += [f"database {d.name}: {d.problem}" for d in databases if d.problem]
+        found += [f"etcd {m.endpoint}: {m.error}" for m in around.members if m.error]
+        found += [f"database {d.name}: {d.problem}" for d in around.databases if d.problem]
+        found += [
+            f"the agent of {record.host} does not answer; if the host is gone, its lease ends within "
+            f"{self.config.timing.ttl:g} s"
+            for node in around.silent
+            if (record := self.directory.nodes.get(node)) is not None
+        ]
         found += [str(problem) for problem in self.own.problems]
         found += [line for name in sorted(self.directory.specs) if (line := self._problem_of(name))]
         found += [
@@ -141,18 +152,16 @@ class View:
             )
         return cluster_pb2.NodesResponse(nodes=nodes, in_sync=directory.in_sync)
 
-    def why(self, name: str) -> cluster_pb2.WhyResponse:
-        """Explain one name, from memory."""
-        return self._explanation(explaining.explain(self._facts(name), self.log.about(name)))
+    def why(self, name: str, silent: frozenset[str]) -> cluster_pb2.WhyResponse:
+        """Explain one name; ``silent`` are the nodes whose agents do not answer."""
+        return self._explanation(explaining.explain(self._facts(name, silent), self.log.about(name)))
 
-    def why_not_well(
-        self, members: tuple[MemberStatus, ...], databases: tuple[cluster_pb2.DatabaseStatus, ...]
-    ) -> cluster_pb2.WhyResponse:
+    def why_not_well(self, around: Around) -> cluster_pb2.WhyResponse:
         """Explain everything that is not well."""
-        lines = [explaining.Line(problem) for problem in self.problems(members, databases)]
+        lines = [explaining.Line(problem) for problem in self.problems(around)]
         for name in sorted(self.directory.specs):
             if self._problem_of(name):
-                lines += explaining.explain(self._facts(name), ())
+                lines += explaining.explain(self._facts(name, around.silent), ())
         return self._explanation(lines or [explaining.Line("all is well", "pgherd status")])
 
     def _explanation(self, lines: list[explaining.Line]) -> cluster_pb2.WhyResponse:
@@ -163,7 +172,7 @@ class View:
             lines=[cluster_pb2.WhyLine(at=line.at, what=line.what, **{"try": line.hint}) for line in lines],
         )
 
-    def _facts(self, name: str) -> explaining.Facts:
+    def _facts(self, name: str, silent: frozenset[str]) -> explaining.Facts:
         directory, holdings = self.directory, self.membership.holdings
         record = directory.specs.get(name)
         wish = self.wishes.read(record) if record else None
@@ -183,6 +192,8 @@ class View:
             status=directory.status(name),
             placement=placed,
             child=self.supervisor.children.get(name),
+            is_silent=owner is not None and owner.node in silent,
+            ttl=self.config.timing.ttl,
             verdict=holdings.claims.verdicts.get(name) if holdings else None,
             ranking=ranking,
             node=directory.nodes.get(owner.node) if owner else None,

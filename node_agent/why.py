@@ -21,6 +21,9 @@ from registry.ownership import Owner, PlacementRecord, Status
 from registry.placement import Verdict
 from registry.specs import Desired
 
+HISTORY = 20
+"""Events of the past in one explanation; `pgherd events` has more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -44,14 +47,19 @@ class Facts:
     verdict: Due | NotHere | None
     ranking: Sequence[Verdict]
     node: NodeRecord | None
+    is_silent: bool
+    ttl: float
     host: str
     now: Boottime
     known: Iterable[str]
 
 
 def explain(facts: Facts, history: Iterable[Recorded]) -> list[Line]:
-    """Return the present state of a name, then its history on this host, oldest first."""
-    past = [Line(recorded.event.describe(), at=recorded.at.timestamp()) for recorded in history]
+    """Return the present state of a name, then what happened last on this host, oldest first."""
+    last = list(history)[-HISTORY:]
+    past = [
+        Line(recorded.event.describe(), recorded.event.advise(), recorded.at.timestamp()) for recorded in last
+    ]
     return [*_present(facts), *past]
 
 
@@ -61,19 +69,22 @@ def _present(facts: Facts) -> list[Line]:
         return _on_this_host(facts.child, facts)
     if facts.wish is None and owner is None:
         return [Line(f"{name} is not declared", did_you_mean(name, facts.known) or "pgherd names")]
-    lines = [Line(f"{name}: {_wished(facts.wish)}", _wished_hint(facts.wish))]
+    at = facts.wish.record.at if facts.wish is not None else 0.0
+    lines = [Line(f"{name}: {_wished(facts.wish)}", _wished_hint(facts.wish), at)]
     if owner is None:
         return lines + _ownerless(facts)
     state = facts.status.state.value if facts.status else "not started yet"
     where = f"{owner.host} ({owner.node}), epoch {owner.epoch}"
-    lines.append(Line(f"owned by {where}: {state}", f"pgherd --agent {_address(facts.node)} why {name}"))
+    elsewhere = (
+        f"pgherd --agent {facts.node.address} why {name}" if facts.node and not facts.is_silent else ""
+    )
+    lines.append(Line(f"owned by {where}: {state}", elsewhere))
+    if facts.is_silent:
+        end = f"if that host is gone, its lease ends within {facts.ttl:g} s and another host takes over"
+        lines.append(Line(f"the agent of {owner.host} does not answer; {end}", "pgherd nodes"))
     if facts.node is None:
         lines.append(Line(f"the owner's node {owner.node} is not in the directory", "pgherd nodes"))
     return lines
-
-
-def _address(node: NodeRecord | None) -> str:
-    return node.address if node else "?"
 
 
 def _wished(wish: Wish | None) -> str:

@@ -1,12 +1,8 @@
-"""The gRPC services that need the agent around them: Supervision and Cluster.  Decode, ask, encode.
-
-What concerns a child of another host is passed on to that host's agent, so any agent can be asked.
-"""
+"""The gRPC service Supervision: specs and children.  Decode, ask, encode."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -14,27 +10,19 @@ from typing import Any, TypeVar
 import grpc
 
 from node_agent.child import parse, stop_fits, to_toml
-from node_agent.postgres.probe import probe_databases
-from node_agent.supervisor import Supervisor
+from node_agent.services.remote import FORWARD_TIMEOUT, RELAYED, Remote, relayed
 from node_agent.view import View
 from node_agent.warden_link import WardenLink
 from registry import events, wire
 from registry.config import ConfigInvalid
 from registry.errors import HerdError, Invalid, NoOwner, NoSuchName, Unreachable
 from registry.names import did_you_mean, validate
-from registry.ownership import WorkerState
-from registry.peers import Peers
 from registry.specs import Desired, SpecResult, Specs, What
-from registry.store import MemberStatus, Store
-from registry.v1 import cluster_pb2, cluster_pb2_grpc, supervision_pb2, supervision_pb2_grpc
+from registry.v1 import supervision_pb2, supervision_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 R = TypeVar("R")
 
-RELAYED = "pgherd-relayed"
-"""Metadata that marks a request which another agent has passed on: it is never passed on again."""
-FORWARD_TIMEOUT = 5.0
-"""Seconds for another agent to answer."""
 READ_BACK = 2.0
 """Seconds for a written spec to come back in the copy of the registry."""
 LOG_TAIL = 1 << 20
@@ -43,48 +31,6 @@ LOG_TAIL = 1 << 20
 
 def _who(context: Context, given: str) -> str:
     return given or f"client {context.peer()}"
-
-
-class Remote:
-    """Finds the agent a request is for: this one, or another that it is passed on to once."""
-
-    def __init__(self, view: View, peers: Peers) -> None:
-        self._view, self._peers = view, peers
-
-    def of(self, name: str, context: Context) -> grpc.aio.Channel | None:
-        """Return the channel to the agent that has the child, None when that is this one.
-
-        Raises NoSuchName, NoOwner, Unreachable.
-        """
-        view = self._view
-        if name in view.supervisor.children:
-            return None
-        owner = view.directory.lookup(name)
-        if owner is None:
-            if name in view.directory.specs:
-                raise NoOwner(f"{name} runs nowhere", hint=f"pgherd why {name}", details={"name": name})
-            hint = did_you_mean(name, view.known()) or "`pgherd ps` lists all children"
-            raise NoSuchName(f"there is no daemon or child named {name}", hint=hint, details={"name": name})
-        channel = None if relayed(context) else self._peers.channel(owner.node)
-        if channel is None:
-            raise Unreachable(
-                f"{name} is on {owner.host}, and its agent cannot be asked", hint="pgherd nodes"
-            )
-        return channel
-
-    def others(self) -> Iterable[tuple[str, grpc.aio.Channel | None]]:
-        """Yield every other living host with a channel to its agent."""
-        for record in self._view.directory.nodes.values():
-            if record.node != self._view.membership.node and record.host != self._view.config.host:
-                channel = None
-                with suppress(HerdError):
-                    channel = self._peers.channel(record.node)
-                yield record.host, channel
-
-
-def relayed(context: Context) -> bool:
-    """Return whether another agent has passed this request on."""
-    return any(key == RELAYED for key, _ in context.invocation_metadata() or ())
 
 
 class Supervision(supervision_pb2_grpc.SupervisionServicer):
@@ -285,111 +231,3 @@ async def _forward(call: Awaitable[R]) -> R:
         return await call
     except grpc.aio.AioRpcError as error:
         raise wire.error_of_rpc(error) from error
-
-
-class Cluster(cluster_pb2_grpc.ClusterServicer):
-    """Nodes, health and explanations."""
-
-    def __init__(
-        self, view: View, store: Store, supervisor: Supervisor, restart_agent: Callable[[], None]
-    ) -> None:
-        self._view, self._store, self._supervisor = view, store, supervisor
-        self._restart_agent = restart_agent
-
-    async def Status(
-        self, request: cluster_pb2.StatusRequest, context: Context
-    ) -> cluster_pb2.StatusResponse:
-        return self._view.status(*await self._look_around())
-
-    async def _look_around(
-        self,
-    ) -> tuple[tuple[MemberStatus, ...], tuple[cluster_pb2.DatabaseStatus, ...]]:
-        config = self._view.config
-        return await asyncio.gather(self._store.members(), probe_databases(config.databases, config.cluster))
-
-    async def Nodes(self, request: cluster_pb2.NodesRequest, context: Context) -> cluster_pb2.NodesResponse:
-        return self._view.nodes()
-
-    async def Why(self, request: cluster_pb2.WhyRequest, context: Context) -> cluster_pb2.WhyResponse:
-        if request.name:
-            return self._view.why(request.name)
-        return self._view.why_not_well(*await self._look_around())
-
-    async def Wait(self, request: cluster_pb2.WaitRequest, context: Context) -> cluster_pb2.WaitResponse:
-        return await self._wait(request)
-
-    async def _wait(self, request: cluster_pb2.WaitRequest) -> cluster_pb2.WaitResponse:
-        goal = getattr(request, "for")
-        directory, name = self._view.directory, validate(request.name)
-        if goal not in ("ready", "stopped", "moved"):
-            raise Invalid(f"cannot wait for {goal!r}", hint="ready, stopped or moved")
-        await directory.synced()
-        if name not in directory.specs and directory.lookup(name) is None:
-            hint = did_you_mean(name, self._view.known()) or "pgherd names"
-            raise NoSuchName(f"there is no daemon named {name}", hint=hint, details={"name": name})
-        first = directory.lookup(name)
-        above = request.above_epoch or (first.epoch if first else 0)
-        while True:
-            change = directory.changed(name)
-            owner, status = directory.lookup(name), directory.status(name)
-            ready = status is not None and status.state is WorkerState.READY
-            reached = {
-                "ready": ready,
-                "stopped": owner is None,
-                "moved": ready and owner is not None and owner.epoch > above,
-            }[goal]
-            if reached:
-                change.cancel()
-                epoch, host = (owner.epoch, owner.host) if owner else (0, "")
-                return cluster_pb2.WaitResponse(epoch=epoch, host=host)
-            await change
-
-    async def Events(
-        self, request: cluster_pb2.EventsRequest, context: Context
-    ) -> AsyncIterator[cluster_pb2.EventRecord]:
-        fresh: asyncio.Queue[events.Recorded] = asyncio.Queue(maxsize=1000)
-
-        def tell(recorded: events.Recorded) -> None:
-            if fresh.full():
-                fresh.get_nowait()
-            fresh.put_nowait(recorded)
-
-        unsubscribe = self._view.log.subscribe(tell)
-        try:
-            past = self._view.log.about(request.name) if request.name else self._view.log.all()
-            for recorded in tuple(past):
-                yield _record(recorded)
-            while request.follow:
-                recorded = await fresh.get()
-                if request.name in ("", recorded.event.name):
-                    yield _record(recorded)
-        finally:
-            unsubscribe()
-
-    async def Confirm(
-        self, request: cluster_pb2.ConfirmRequest, context: Context
-    ) -> cluster_pb2.ConfirmResponse:
-        child = self._supervisor.lose(request.name, request.epoch, "another agent asks whether it still runs")
-        if child is not None:
-            await child.done.wait()
-        return cluster_pb2.ConfirmResponse(was_running=child is not None)
-
-    async def RestartAgent(
-        self, request: cluster_pb2.RestartAgentRequest, context: Context
-    ) -> cluster_pb2.RestartAgentResponse:
-        self._restart_agent()
-        return cluster_pb2.RestartAgentResponse(generation=self._view.welcome.generation)
-
-
-_LEVELS = {"INFO": "info", "WARNING": "warning", "ERROR": "err"}
-
-
-def _record(recorded: events.Recorded) -> cluster_pb2.EventRecord:
-    event = recorded.event
-    return cluster_pb2.EventRecord(
-        at=recorded.at.timestamp(),
-        kind=events.kind(event),
-        name=event.name,
-        text=event.describe(),
-        level=_LEVELS.get(logging.getLevelName(event.level), "info"),
-    )

@@ -1,0 +1,1 @@
+"""The gRPC services that need the agent around them: Supervision and Cluster."""
