@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from node_agent.child import ChildSpec, parse, to_toml
 from node_agent.lifecycle import Child
-from node_agent.protocol import WorkerRow
 from node_agent.restarts import RestartWindow
+from node_agent.spec.child import ChildSpec, parse, to_toml
 from node_agent.states import Ownership
+from node_agent.warden.protocol import WorkerRow
 from registry.clock import Boottime
 from registry.config import ConfigInvalid, Timing
 from registry.store import LeaseId

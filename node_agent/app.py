@@ -17,9 +17,8 @@ from typing import Any
 
 import grpc
 
-from node_agent import adoption, protocol
+from node_agent import adoption
 from node_agent.attachment import WorkerSocket
-from node_agent.children_dir import read_children
 from node_agent.holdings import Holdings, Persist
 from node_agent.lifecycle import Child
 from node_agent.local import Local
@@ -29,8 +28,10 @@ from node_agent.restarts import RestartWindow
 from node_agent.services.cluster import Cluster
 from node_agent.services.remote import Remote
 from node_agent.services.supervision import Supervision
+from node_agent.spec.children_dir import read_children
 from node_agent.supervisor import Ending, Supervisor
 from node_agent.view import View
+from node_agent.warden import protocol
 from node_agent.warden_link import WardenLink
 from node_agent.wishes import Wishes
 from registry import events, security

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
-from node_agent import framing
 from node_agent.unanswered import Reply, Request, Unanswered
+from node_agent.worker import framing
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.errors import Invalid, NoOwner, Overloaded, UnknownOutcome
 from registry.events import Event, LinkDropped

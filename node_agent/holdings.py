@@ -13,11 +13,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from node_agent.child import ChildSpec, to_toml
 from node_agent.claims import Claims
 from node_agent.lifecycle import Child
 from node_agent.publisher import Publisher
 from node_agent.reconcile import EVERY, Reconciler
+from node_agent.spec.child import ChildSpec, to_toml
 from node_agent.states import Ownership, State
 from node_agent.supervisor import Ending, Supervisor
 from node_agent.wishes import Wish, Wishes

@@ -32,10 +32,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from node_agent import kernel
-from node_agent.lifeline import Kind, Order
-from node_agent.marker import NO_WORKER, WARDEN_VARIABLE, WORKER_VARIABLE, Marker, marked
-from node_agent.respawn import Respawn
+from node_agent.warden import kernel
+from node_agent.warden.lifeline import Kind, Order
+from node_agent.warden.marker import NO_WORKER, WARDEN_VARIABLE, WORKER_VARIABLE, Marker, marked
+from node_agent.warden.respawn import Respawn
 
 OOM_SCORE = -900
 IMMEDIATE_WITHIN = 10.0
@@ -352,7 +352,7 @@ def main(argv: Sequence[str]) -> int:
     if len(options) != 2 or options[0] != "-c":
         kernel.complain(_USAGE)
         return 2
-    warden = (sys.executable, "-P", "-m", "node_agent.warden")
+    warden = (sys.executable, "-P", "-m", "node_agent.warden.warden")
     return launch(options[1], warden, namespace="--partial" not in argv)
 
 

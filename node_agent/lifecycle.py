@@ -20,9 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from node_agent import protocol
 from node_agent.attachment import Attachment
-from node_agent.child import Behaviour, ChildSpec, Command, StopStage
 from node_agent.postgres.fence import FenceRaiser, FenceUnavailable
 from node_agent.restarts import (
     SUPERSEDED_CODE,
@@ -35,8 +33,10 @@ from node_agent.restarts import (
     decide,
     signal_name,
 )
+from node_agent.spec.child import Behaviour, ChildSpec, Command, StopStage
 from node_agent.start_request import Place, start_request
 from node_agent.states import TRANSITIONS, Ownership, Process, State
+from node_agent.warden import protocol
 from node_agent.warden_link import WardenLink
 from registry import events
 from registry.clock import Boottime, Clock

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 
 from node_agent.attachment import AttachHandler, Attachment
-from node_agent.child import Command
 from node_agent.lifecycle import Child
+from node_agent.spec.child import Command
 from node_agent.states import State
 from node_agent.supervisor import Supervisor
 from registry.clock import Boottime

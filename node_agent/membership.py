@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from node_agent.adoption import SESSION, FormerSession, session_note
-from node_agent.child import ChildSpec
 from node_agent.holdings import Holdings, Persist
 from node_agent.lifecycle import Child
+from node_agent.spec.child import ChildSpec
 from node_agent.supervisor import Ending, Supervisor
 from node_agent.warden_link import WardenLink
 from registry import events

@@ -6,10 +6,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Protocol
 
-from node_agent import protocol
-from node_agent.child import Behaviour, ChildSpec, Command, substitute
 from node_agent.postgres.fence import application_name
+from node_agent.spec.child import Behaviour, ChildSpec, Command, substitute
 from node_agent.states import Ownership
+from node_agent.warden import protocol
 
 
 class Place(Protocol):

@@ -11,11 +11,11 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from node_agent import protocol
-from node_agent.child import ChildSpec
 from node_agent.lifecycle import Child, Host
 from node_agent.restarts import RestartWindow
+from node_agent.spec.child import ChildSpec
 from node_agent.states import ENDS, Ownership, Process, State
+from node_agent.warden import protocol
 from node_agent.warden_link import WardenLink
 from registry import events
 

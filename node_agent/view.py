@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from node_agent import why as explaining
-from node_agent.child import Command
-from node_agent.children_dir import OwnChildren
 from node_agent.claims import candidates_of, penalties_of
 from node_agent.lifecycle import Child
 from node_agent.membership import Membership, Phase
+from node_agent.spec.child import Command
+from node_agent.spec.children_dir import OwnChildren
 from node_agent.states import State
 from node_agent.supervisor import Supervisor
 from node_agent.warden_link import Welcome

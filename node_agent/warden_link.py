@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from node_agent import protocol
+from node_agent.warden import protocol
 
 HANDOVER_WITHIN = 10.0
 EXIT_WARDEN_LOST = 70
@@ -101,7 +101,7 @@ class WardenLink:
         """Greet the warden over the inherited ``fd`` and take over what it kept.
 
         The warden kills this process when :meth:`pet` is not called for ``hang_limit`` seconds, and ends
-        everything ``stop_within`` seconds after it passed on a :class:`~node_agent.protocol.Stop`.
+        everything ``stop_within`` seconds after it passed on a :class:`~node_agent.warden.protocol.Stop`.
         ``lost`` is called when the warden is gone.  Raises TimeoutError if nobody answers.
         """
         link = cls(fd, lost)
@@ -152,7 +152,7 @@ class WardenLink:
     def remember(self, key: str, value: Any) -> None:
         """Keep a JSON value for the next agent; None removes it.
 
-        Raises :class:`~node_agent.protocol.ProtocolError` if it is too large or not JSON.
+        Raises :class:`~node_agent.warden.protocol.ProtocolError` if it is too large or not JSON.
         """
         self._send(protocol.Remember(key=key, value=value))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from node_agent.child import ChildSpec, parse
+from node_agent.spec.child import ChildSpec, parse
 from registry.config import ConfigInvalid
 from registry.specs import Desired, SpecRecord
 

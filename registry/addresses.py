@@ -1,6 +1,6 @@
 """Addresses in configuration: URLs, ``host:port``, PostgreSQL connection strings.
 
-The functions are validators of :mod:`registry.toml_schema`: they return the text or raise ``wrong(...)``.
+The functions are validators of :mod:`registry.toml.schema`: they return the text or raise ``wrong(...)``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import parse_qsl, urlsplit
 
-from registry.toml_schema import show, text, wrong
+from registry.toml.schema import show, text, wrong
 
 _PAIR = re.compile(r"""\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)(?=\s|$)""")
 _PASSWORD = re.compile(r"\b(ssl)?password\s*=\s*[^\s]", re.I)

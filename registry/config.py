@@ -15,11 +15,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from registry import toml_source
 from registry.addresses import conninfo, grpc_address, http_url, is_loopback
 from registry.timing import ETCD_ELECTION, Timing, default_ttl
-from registry.toml_schema import Duration, Label, Schema, Table, Text, check, nearest, show, wrong
-from registry.toml_source import ConfigInvalid, Document, Problem
+from registry.toml import source as toml_source
+from registry.toml.schema import Duration, Label, Schema, Table, Text, check, nearest, show, wrong
+from registry.toml.source import ConfigInvalid, Document, Problem
 
 __all__ = [
     "AgentConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from registry.toml_source import ConfigInvalid, Problem
+from registry.toml.source import ConfigInvalid, Problem
 from registry.units import format_duration
 
 ETCD_ELECTION = 1.0

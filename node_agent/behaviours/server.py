@@ -104,8 +104,8 @@ class Server:
     there is one, else a dict) and ``log``.
 
     A daemon may define ``async def handle_call(self, event)`` and ``async def handle_cast(self, event)`` for
-    methods that it does not declare; ``event`` is a :class:`node_agent.mailbox.Message`.  Without them such a
-    request is refused with NO_SUCH_METHOD.
+    methods that it does not declare; ``event`` is a :class:`node_agent.worker.mailbox.Message`.  Without
+    them such a request is refused with NO_SUCH_METHOD.
     """
 
     name: str

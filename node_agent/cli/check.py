@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from node_agent.child import ChildSpec, parse_lenient, stop_fits
-from registry import toml_source
+from node_agent.spec.child import ChildSpec, parse_lenient, stop_fits
 from registry.cli.invocation import Command, Invocation, pass_invocation
 from registry.cli.output import print_json
 from registry.config import AgentConfig, ConfigInvalid, Problem, parse, read_text
+from registry.toml import source as toml_source
 
 _WRONG = 2
 

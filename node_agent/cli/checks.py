@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from node_agent.kernel import has_capabilities
 from node_agent.postgres import install
+from node_agent.warden.kernel import has_capabilities
 from registry.cli.agent import connect
 from registry.cli.invocation import Invocation
 from registry.config import AgentConfig, ConfigInvalid, Database, EtcdConfig, Timing, load

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from node_agent import kernel
+from node_agent.warden import kernel
 
 _CANNOT_EXECUTE = 127
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from node_agent.child import parse, stop_fits, to_toml
 from node_agent.services.remote import FORWARD_TIMEOUT, RELAYED, Remote, relayed
+from node_agent.spec.child import parse, stop_fits, to_toml
 from node_agent.view import View
 from node_agent.warden_link import WardenLink
 from registry import events, wire

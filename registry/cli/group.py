@@ -16,7 +16,7 @@ import click
 
 from registry.cli.invocation import Invocation, common_options
 from registry.errors import HerdError, Outcome, exit_code
-from registry.toml_source import ConfigInvalid
+from registry.toml.source import ConfigInvalid
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from node_agent import kernel
+from node_agent.warden import kernel
 
 AGENT = "pgherd: agent"
 _TICKS = os.sysconf("SC_CLK_TCK")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from node_agent import attachment, framing
+from node_agent import attachment
+from node_agent.worker import framing
 from registry.errors import Invalid, NoOwner, Overloaded
 from registry.events import LinkDropped
 from registry.v1 import messages_pb2, names_pb2, worker_pb2

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from node_agent import kernel, launcher, protocol
+from node_agent import launcher
+from node_agent.warden import kernel, protocol
 from tests.support.warden import Herd, death, running, shell, start, token, until
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from node_agent.child import ChildSpec, Command, parse, substitute
 from node_agent.postgres.fence import FenceRaiser, application_name
 from node_agent.postgres.install import install
 from node_agent.sandbox.servers import PostgresServer
+from node_agent.spec.child import ChildSpec, Command, parse, substitute
 from tests.support.postgres import Clusters, TestDatabase, eventually
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from node_agent.daemons import sweeper_schema
 from node_agent.postgres.fence import FenceRaiser
 from node_agent.postgres.install import install
-from node_agent.worker import EXIT_SUPERSEDED
+from node_agent.worker.main import EXIT_SUPERSEDED
 from registry.v1 import messages_pb2
 from tests.support.postgres import TestDatabase, eventually
 from tests.support.worker import Desk, Watched, WorkerProcess

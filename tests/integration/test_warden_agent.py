@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from node_agent import kernel, protocol
+from node_agent.warden import kernel, protocol
 from tests.support.warden import Herd, death, shell, start, token
 
 pytestmark = pytest.mark.slow
@@ -161,7 +161,7 @@ async def test_the_warden_has_one_thread_and_its_image_starts_none(full: Herd) -
     warden = (await full.agent()).link.welcome.warden_pid
     assert os.listdir(f"/proc/{warden}/task") == [str(warden)]
     script = (
-        "from node_agent.preload import *; import os;"
+        "from node_agent.warden.preload import *; import os;"
         "print(repr(Image().fill(AGENT_ENTRY, WORKER_ENTRY)), len(os.listdir('/proc/self/task')))"
     )
     image = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)

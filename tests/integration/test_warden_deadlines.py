@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from node_agent import kernel, lifeline, protocol
+from node_agent.warden import kernel, lifeline, protocol
 from tests.support.warden import Agent, Herd, death, running, shell, start, token, until
 
 pytestmark = pytest.mark.slow

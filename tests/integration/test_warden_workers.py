@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from node_agent import kernel, protocol
-from node_agent.warden_output import KEPT
+from node_agent.warden import kernel, protocol
+from node_agent.warden.output import KEPT
 from tests.support.warden import Herd, death, running, shell, start, token, until
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from node_agent.behaviours import Reject, Server, Timer, call, cast
-from node_agent.mailbox import Message
+from node_agent.worker.mailbox import Message
 from registry.errors import Fenced
 
 

@@ -11,8 +11,8 @@ import os
 import sys
 from typing import NoReturn
 
-from node_agent import worker
-from node_agent.protocol import Start
+from node_agent.warden.protocol import Start
+from node_agent.worker import main as worker
 
 
 def serve() -> None:

@@ -21,8 +21,8 @@ from typing import Self
 
 import pytest
 
-from node_agent import kernel, protocol
-from node_agent.marker import marked
+from node_agent.warden import kernel, protocol
+from node_agent.warden.marker import marked
 from node_agent.warden_link import WardenLink
 
 WITHIN = 15.0

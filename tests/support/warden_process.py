@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 
-from node_agent import kernel, launcher, protocol, warden
+from node_agent import launcher
+from node_agent.warden import kernel, protocol, warden
 
 MYSELF = (sys.executable, "-P", __file__)
 

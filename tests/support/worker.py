@@ -44,7 +44,7 @@ class Nursery:
         self._living: set[int] = set()
 
     def start(self, stderr: Path, **start: Any) -> WorkerProcess:
-        """Fork a worker; the arguments are the fields of :class:`node_agent.protocol.Start`."""
+        """Fork a worker; the arguments are the fields of :class:`node_agent.warden.protocol.Start`."""
         pid = self._ask({"start": start, "stderr": str(stderr)})["pid"]
         self._living.add(pid)
         return WorkerProcess(self, pid, start["worker"], stderr)

@@ -14,9 +14,9 @@ from node_agent.adoption import (
     remembered_session,
     session_note,
 )
-from node_agent.child import ChildSpec, parse, to_toml
-from node_agent.protocol import WorkerRow
 from node_agent.restarts import RestartWindow
+from node_agent.spec.child import ChildSpec, parse, to_toml
+from node_agent.warden.protocol import WorkerRow
 from registry.config import Timing
 
 NAMED = 'schema = 1\n[[child]]\nid = "s"\nname = "sweeper"\nrun.command = ["sleep", "9"]\n'

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node_agent.child import (
+from node_agent.restarts import Restart
+from node_agent.spec.child import (
     Behaviour,
     ChildSpec,
     Command,
@@ -20,12 +21,11 @@ from node_agent.child import (
     substitute,
     to_toml,
 )
-from node_agent.child_schema import ChildTable
-from node_agent.restarts import Restart
+from node_agent.spec.schema import ChildTable
 from registry.placement import Constraints
 from registry.timing import Timing
-from registry.toml_source import ConfigInvalid
-from registry.toml_writer import key_text, value_text
+from registry.toml.source import ConfigInvalid
+from registry.toml.writer import key_text, value_text
 from tests.support.golden import Case, cases
 
 WHOLE = """

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from node_agent.child import parse
 from node_agent.claims import (
     RESCHEDULE_BASE,
     RESCHEDULE_CAP,
@@ -18,6 +17,7 @@ from node_agent.claims import (
     decide,
     penalties_of,
 )
+from node_agent.spec.child import parse
 from node_agent.wishes import Wish
 from registry.ownership import Owner, PlacementRecord
 from registry.placement import Candidate

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from node_agent.child import parse
 from node_agent.claims import Claims
+from node_agent.spec.child import parse
 from node_agent.states import Ownership
 from node_agent.wishes import Wish, Wishes
 from registry import events

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node_agent import framing
+from node_agent.worker import framing
 from registry.errors import Overloaded
 from registry.v1 import messages_pb2, worker_pb2
 

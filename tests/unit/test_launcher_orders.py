@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from node_agent import kernel
 from node_agent.launcher import Launcher
-from node_agent.lifeline import Kind, Order
+from node_agent.warden import kernel
+from node_agent.warden.lifeline import Kind, Order
 
 
 def test_an_order_is_followed_though_the_warden_has_died_since(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
-from node_agent import protocol
-from node_agent.child import ChildSpec, parse
 from node_agent.lifecycle import Child
 from node_agent.postgres.fence import FenceRaiser, Raised
 from node_agent.restarts import RestartWindow
+from node_agent.spec.child import ChildSpec, parse
 from node_agent.states import Ownership, Process, State
 from node_agent.supervisor import Ending, Supervisor
+from node_agent.warden import protocol
 from node_agent.warden_link import WardenLink
 from registry import events
 from registry.clock import Boottime, Clock

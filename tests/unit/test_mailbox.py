@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from node_agent.mailbox import Mailbox, Message, Put, Results
+from node_agent.worker.mailbox import Mailbox, Message, Put, Results
 from registry.v1 import messages_pb2
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node_agent import protocol
+from node_agent.warden import protocol
 
 FROM_AGENT: list[protocol.FromAgent] = [
     protocol.Hello(hang_limit=2.5, stop_within=10),

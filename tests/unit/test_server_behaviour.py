@@ -16,7 +16,7 @@ from pydantic import Field
 from node_agent.behaviours import Reject, Server, call, cast
 from node_agent.behaviours.interface import BadBehaviour, read_args, to_json
 from node_agent.behaviours.loading import load
-from node_agent.mailbox import Message
+from node_agent.worker.mailbox import Message
 from registry.errors import HerdError, Invalid, NoSuchMethod
 from registry.v1 import messages_pb2
 

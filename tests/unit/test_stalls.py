@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from node_agent.stalls import Stalls
+from node_agent.worker.stalls import Stalls
 
 
 class Loop:

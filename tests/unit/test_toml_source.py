@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.toml_source import ConfigInvalid, Path, read
-from registry.toml_writer import key_text, pairs, value_text
+from registry.toml.source import ConfigInvalid, Path, read
+from registry.toml.writer import key_text, pairs, value_text
 
 TEXT = '''\
 # a comment with [brackets] and "quotes" = x

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node_agent.respawn import LONGEST_PAUSE, SETTLED_AFTER, Respawn
-from node_agent.warden_leases import Leases
+from node_agent.warden.leases import Leases
+from node_agent.warden.respawn import LONGEST_PAUSE, SETTLED_AFTER, Respawn
 
 
 def test_a_lease_holds_until_its_deadline_and_not_at_it() -> None:

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from node_agent import child_values as values
 from node_agent.restarts import Restart
-from registry import toml_source
-from registry.toml_schema import (
+from node_agent.spec import values
+from registry.toml import source as toml_source
+from registry.toml.schema import (
     Duration,
     Label,
     PositiveDuration,
@@ -26,7 +26,7 @@ from registry.toml_schema import (
     one_of,
     wrong,
 )
-from registry.toml_source import Document, Path, Problem
+from registry.toml.source import Document, Path, Problem
 
 RESTART_WORDS = {
     "always": "permanent",

@@ -1,6 +1,6 @@
 """The values in a child's spec: what each may be, and what to write instead.
 
-Validators for the tables of :mod:`node_agent.child_schema`: each returns the value or raises ``wrong(...)``.
+Validators for the tables of :mod:`node_agent.spec.schema`: each returns the value or raises ``wrong(...)``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal as signals
 from registry import names
 from registry.addresses import contains_password
 from registry.errors import Invalid
-from registry.toml_schema import label, nearest, show, text, wrong
+from registry.toml.schema import label, nearest, show, text, wrong
 
 VARIABLES = ("node", "host", "name", "instance", "index", "epoch")
 """What ``${...}`` may name in a command, its environment and its working directory."""

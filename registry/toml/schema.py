@@ -1,6 +1,6 @@
 """Pydantic models of TOML tables, and their errors in the operator's words.
 
-:func:`check` validates one table and returns either the model or every :class:`~registry.toml_source.Problem`
+:func:`check` validates one table and returns either the model or every :class:`~registry.toml.source.Problem`
 in it, each with its line, the value that was found and what to write instead.  The value types shared by the
 agent's configuration and the children's specs live here too.
 """
@@ -18,8 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from registry import units
-from registry.toml_source import Document, Path, Problem
-from registry.toml_writer import value_text
+from registry.toml.source import Document, Path, Problem
+from registry.toml.writer import value_text
 
 
 class Table(BaseModel):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from node_agent import kernel
+from node_agent.warden import kernel
 
 WARDEN_VARIABLE = "PGHERD_WARDEN"
 WORKER_VARIABLE = "PGHERD_WORKER"

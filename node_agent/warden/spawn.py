@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from node_agent import kernel
-from node_agent.marker import WARDEN_VARIABLE, WORKER_VARIABLE
-from node_agent.preload import Image, load
-from node_agent.protocol import Start
+from node_agent.warden import kernel
+from node_agent.warden.marker import WARDEN_VARIABLE, WORKER_VARIABLE
+from node_agent.warden.preload import Image, load
+from node_agent.warden.protocol import Start
 
 _PASSED_ON = ("LANG", "TZ")
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -13,7 +13,7 @@ import selectors
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from node_agent.protocol import OutputPart
+from node_agent.warden.protocol import OutputPart
 
 KEPT = 1 << 20
 READ_A_TURN = 64 * 1024

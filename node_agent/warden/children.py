@@ -20,11 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from node_agent import kernel, protocol
-from node_agent.marker import WORKER_VARIABLE
-from node_agent.warden_leases import Leases
-from node_agent.warden_output import Outputs
-from node_agent.warden_spawn import Birth, Forked
+from node_agent.warden import kernel, protocol
+from node_agent.warden.leases import Leases
+from node_agent.warden.marker import WORKER_VARIABLE
+from node_agent.warden.output import Outputs
+from node_agent.warden.spawn import Birth, Forked
 
 SWEEP_AGAIN = 0.01
 """Seconds until the next look at an ended worker of which something was left."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from registry.toml_writer import key_text
+from registry.toml.writer import key_text
 
 Path = tuple[str | int, ...]
 """Keys and list positions from the top of a file to a value."""

@@ -20,7 +20,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from node_agent import framing
+from node_agent.worker import framing
 from registry.v1 import messages_pb2, names_pb2, worker_pb2
 
 FIRST_BACKOFF = 0.01

@@ -19,9 +19,9 @@ import uvloop
 
 from node_agent.behaviours.interface import BadBehaviour, read_args
 from node_agent.behaviours.loading import load
-from node_agent.protocol import Start
-from node_agent.runtime import EXIT_CRASHED, EXIT_SUPERSEDED, FAREWELL, Runtime, leave
-from node_agent.uplink import Uplink
+from node_agent.warden.protocol import Start
+from node_agent.worker.runtime import EXIT_CRASHED, EXIT_SUPERSEDED, FAREWELL, Runtime, leave
+from node_agent.worker.uplink import Uplink
 
 __all__ = ["EXIT_SUPERSEDED", "run"]
 

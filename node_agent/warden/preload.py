@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 AGENT_ENTRY = "node_agent.__main__:main"
-WORKER_ENTRY = "node_agent.worker:run"
+WORKER_ENTRY = "node_agent.worker.main:run"
 ALSO = ("node_agent.postgres.backend", "node_agent.daemons.sweeper")
 """Imported by a worker when it has databases, and because it is this daemon."""
 _OURS = ("node_agent", "registry")

@@ -13,13 +13,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from node_agent.child_schema import ChildTable, read
-from node_agent.child_values import VARIABLE
 from node_agent.restarts import Restart
+from node_agent.spec.schema import ChildTable, read
+from node_agent.spec.values import VARIABLE
 from registry.placement import Constraints
 from registry.timing import Timing
-from registry.toml_source import ConfigInvalid, Problem
-from registry.toml_writer import pairs
+from registry.toml.source import ConfigInvalid, Problem
+from registry.toml.writer import pairs
 from registry.units import format_duration
 
 
@@ -102,7 +102,7 @@ def substitute(spec: ChildSpec, **values: str | int) -> ChildSpec:
     """Return the spec with each ``${...}`` replaced in command, environment and working directory.
 
     ``$${x}`` stands for a literal ``${x}``.  Raises KeyError for a variable without a value; :func:`parse`
-    lets only those of :data:`~node_agent.child_values.VARIABLES` pass.
+    lets only those of :data:`~node_agent.spec.values.VARIABLES` pass.
     """
 
     def fill(text: str) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from node_agent.behaviours.interface import to_json
-from node_agent.framing import MAX_BODY, failed
-from node_agent.mailbox import Message, Results
+from node_agent.worker.framing import MAX_BODY, failed
+from node_agent.worker.mailbox import Message, Results
 from registry.clock import SYSTEM_CLOCK
 from registry.errors import DaemonError, HerdError
 from registry.v1 import messages_pb2

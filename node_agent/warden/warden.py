@@ -24,15 +24,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, assert_never
 
-from node_agent import kernel, lifeline, protocol
-from node_agent.lifeline import LauncherSilent, Lifeline
-from node_agent.marker import WARDEN_VARIABLE, Marker
-from node_agent.preload import AGENT_ENTRY, WORKER_ENTRY, Image
-from node_agent.warden_agent import Agent, State
-from node_agent.warden_children import SWEEP_AGAIN, Children
-from node_agent.warden_leases import Leases
-from node_agent.warden_output import Outputs
-from node_agent.warden_spawn import Birth
+from node_agent.warden import kernel, lifeline, protocol
+from node_agent.warden.agent import Agent, State
+from node_agent.warden.children import SWEEP_AGAIN, Children
+from node_agent.warden.leases import Leases
+from node_agent.warden.lifeline import LauncherSilent, Lifeline
+from node_agent.warden.marker import WARDEN_VARIABLE, Marker
+from node_agent.warden.output import Outputs
+from node_agent.warden.preload import AGENT_ENTRY, WORKER_ENTRY, Image
+from node_agent.warden.spawn import Birth
 
 END_WITHIN = 5.0
 """Seconds after which the warden exits even if something cannot be killed."""
@@ -347,7 +347,9 @@ def _raise_file_limit() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of what the launcher puts on the command line."""
-    made = argparse.ArgumentParser(prog="python -m node_agent.warden", description="Started by the launcher.")
+    made = argparse.ArgumentParser(
+        prog="python -m node_agent.warden.warden", description="Started by the launcher."
+    )
     made.add_argument("--lifeline", type=int, required=True, help="descriptor of the socket to the launcher")
     made.add_argument("--launcher", type=int, required=True, help="the launcher's pid")
     made.add_argument("--host-proc", type=int, help="descriptor of the host's /proc, in a namespace")

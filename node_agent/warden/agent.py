@@ -16,9 +16,9 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from node_agent import kernel, protocol
-from node_agent.respawn import Respawn
-from node_agent.warden_spawn import Birth
+from node_agent.warden import kernel, protocol
+from node_agent.warden.respawn import Respawn
+from node_agent.warden.spawn import Birth
 
 HELLO_WITHIN = 60.0
 """Seconds an agent may take from its start to Hello: it imports gRPC, on a machine that may be booting."""

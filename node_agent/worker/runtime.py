@@ -1,7 +1,7 @@
 """Runs one behaviour: takes messages out of the mailbox, one at a time, and sends the answers.
 
-Two threads.  The :class:`node_agent.uplink.Uplink` thread hears the agent: requests go through
-:class:`node_agent.intake.Intake` into the mailbox, system messages are answered there, whatever a handler
+Two threads.  The :class:`~node_agent.worker.uplink.Uplink` thread hears the agent: requests go through
+:class:`~node_agent.worker.intake.Intake` into the mailbox, system messages are answered there, whatever a handler
 does. The main thread's event loop runs init, the handlers and terminate.  Before each handler the runtime
 asks whether the request is still wanted and whether this process may still act.
 
@@ -28,15 +28,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from node_agent.answers import Answers, Identity
 from node_agent.behaviours.interface import Interface, did_you_mean, to_json
 from node_agent.behaviours.server import Context, Reject, Server
-from node_agent.intake import Intake
-from node_agent.mailbox import Mailbox, Message, Put, Results
-from node_agent.protocol import Start
 from node_agent.restarts import SUPERSEDED_CODE
-from node_agent.stalls import Stalls
-from node_agent.uplink import Uplink
+from node_agent.warden.protocol import Start
+from node_agent.worker.answers import Answers, Identity
+from node_agent.worker.intake import Intake
+from node_agent.worker.mailbox import Mailbox, Message, Put, Results
+from node_agent.worker.stalls import Stalls
+from node_agent.worker.uplink import Uplink
 from registry.clock import SYSTEM_CLOCK, Boottime
 from registry.errors import (
     CallInFence,

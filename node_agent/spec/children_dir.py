@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from node_agent.child import ChildSpec, parse_lenient
+from node_agent.spec.child import ChildSpec, parse_lenient
 from registry.config import ConfigInvalid, Problem, read_text
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from node_agent.answers import Identity, again
 from node_agent.behaviours.interface import Interface
-from node_agent.framing import DEFAULT_MS
-from node_agent.mailbox import Mailbox, Message, Put, Results
+from node_agent.worker.answers import Identity, again
+from node_agent.worker.framing import DEFAULT_MS
+from node_agent.worker.mailbox import Mailbox, Message, Put, Results
 from registry.clock import Boottime
 from registry.errors import HerdError, Invalid, NoOwner, Overloaded, WrongEpoch
 from registry.v1 import messages_pb2

@@ -1,0 +1,1 @@
+"""The process of a Python behaviour: its runtime, and its end of the worker socket."""

@@ -1,0 +1,1 @@
+"""TOML for people: every problem with its line, in the file's own words."""
