@@ -323,8 +323,9 @@ class Agent:
         return self._membership.trusted()
 
     def _child_changed(self, child: Child) -> None:
-        self._membership.publish(child)
+        # Whoever waits for the child comes before etcd, which only hears of it.
         self._router.wake(child.key)
+        self._membership.publish(child)
 
     def _child_ended(self, ending: Ending) -> None:
         key = ending.child.key
