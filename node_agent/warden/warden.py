@@ -347,9 +347,7 @@ def _raise_file_limit() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of what the launcher puts on the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m node_agent.warden.warden", description="Started by the launcher."
-    )
+    made = argparse.ArgumentParser(prog="pgherd-warden", description="Started by the launcher.")
     made.add_argument("--lifeline", type=int, required=True, help="descriptor of the socket to the launcher")
     made.add_argument("--launcher", type=int, required=True, help="the launcher's pid")
     made.add_argument("--host-proc", type=int, help="descriptor of the host's /proc, in a namespace")

@@ -1,8 +1,8 @@
 """Messages on the worker socket: how they are cut, how large they may be, and the errors in replies.
 
 Both ends use this module: the agent (:mod:`node_agent.attachment`) and the worker
-(:mod:`node_agent.worker.uplink`).  It knows bytes and frames, no sockets.  It stands apart from ``registry.wire`` because a worker is forked with
-this in memory and must not pull in gRPC.
+(:mod:`node_agent.worker.uplink`).  It knows bytes and frames, no sockets.  It stands apart from
+``registry.wire`` because a worker is forked with this in memory and must not pull in gRPC.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Runs one behaviour: takes messages out of the mailbox, one at a time, and sends the answers.
 
 Two threads.  The :class:`~node_agent.worker.uplink.Uplink` thread hears the agent: requests go through
-:class:`~node_agent.worker.intake.Intake` into the mailbox, system messages are answered there, whatever a handler
-does. The main thread's event loop runs init, the handlers and terminate.  Before each handler the runtime
-asks whether the request is still wanted and whether this process may still act.
+:class:`~node_agent.worker.intake.Intake` into the mailbox, system messages are answered there, whatever a
+handler does. The main thread's event loop runs init, the handlers and terminate.  Before each handler the
+runtime asks whether the request is still wanted and whether this process may still act.
 
 The life of it (:class:`Phase`):
 
