@@ -37,6 +37,8 @@ WAITING_BYTES = 64 << 20
 """Bytes of all requests that wait."""
 TRY_AGAIN = 0.1
 """Seconds until a refused request is tried again although no change was seen."""
+LAST_TRY = 0.1
+"""Seconds before its deadline at which a request that was refused is not tried again."""
 OVERLAP = 0.5
 """Seconds that requests for a new owner wait for the answers of the one before."""
 
@@ -175,6 +177,10 @@ class Router:
     # Decisions.
 
     def _pass_on(self, request: _Request) -> None:
+        if request.verdict is not None and request.deadline - self._clock.now() < LAST_TRY:
+            # Another try could not be answered in time, and would make "not executed" uncertain.
+            request.reply(request.verdict)
+            return
         frame = request.frame
         name = frame.to
         here = self._local.owns(name)

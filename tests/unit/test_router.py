@@ -12,7 +12,7 @@ from registry import wire
 from registry.clock import SYSTEM_CLOCK
 from registry.errors import Denied, Fenced, HerdError, NoOwner, Overloaded, UnknownOutcome, WrongEpoch
 from registry.ownership import WorkerState
-from registry.router import WAITING_MESSAGES
+from registry.router import LAST_TRY, WAITING_MESSAGES
 from registry.v1 import messages_pb2 as pb
 from tests.support.agents import Agent, Herd, Keeps, a_herd, echo, refuses, until
 
@@ -94,6 +94,15 @@ async def test_refused_request_is_tried_again_without_any_sign(herd: Herd, agent
     sent = Sent(agent, "sweeper", "1")
     agent.children.handlers["sweeper"] = echo
     assert (await sent.answered()).json == "1"
+
+
+async def test_refused_request_is_not_tried_again_in_its_last_moment(herd: Herd, agent: Agent) -> None:
+    """The answer could come too late, and what is known not to be executed would become uncertain."""
+    await herd.serve("sweeper", agent, refuses(Fenced("no lease")))
+    sent = Sent(agent, "sweeper", timeout=LAST_TRY * 0.9)
+    agent.children.handlers["sweeper"] = echo
+    agent.router.wake("sweeper")
+    assert sent.reason == "FENCED"
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), UnknownOutcome("crashed")])
