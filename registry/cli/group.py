@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from registry.cli.invocation import Invocation, common_options
-from registry.errors import HerdError, Outcome, exit_code
+from registry.errors import DaemonError, HerdError, Outcome, exit_code
 from registry.toml.source import ConfigInvalid
 
 if TYPE_CHECKING:
@@ -177,11 +177,11 @@ def lines(error: HerdError) -> Iterator[str]:
     """Yield an error as people read it: what, whether it was executed, and the remedy."""
     first, *more = error.message.splitlines() or [""]
     verdict = f"({error.reason}; {OUTCOMES[error.outcome]})"
-    if more:
-        yield f"pgherd: {verdict}"
-        yield from (f"  {line}" for line in (first, *more))
-    else:
-        yield f"pgherd: {first} {verdict}"
+    yield f"pgherd: {first} {verdict}"
+    yield from (f"  {line}" for line in more)
+    if isinstance(error, DaemonError) and error.details:
+        # What the daemon's author gave beside the reason; other errors have told theirs.
+        yield "  " + ", ".join(f"{key}={value}" for key, value in error.details.items())
     yield from (f"hint: {line}" for line in error.hint.splitlines())
 
 

@@ -351,10 +351,12 @@ def test_apply_shows_every_problem_of_a_file(
     run: CommandLine, canned_agent: CannedAgent, tmp_path: Path
 ) -> None:
     (tmp_path / "ticker.toml").write_text("schema = 1\n")
-    canned_agent.answers["Apply"] = Invalid("ticker.toml:3: name: wrong\nticker.toml:9: stop: wrong")
+    canned_agent.answers["Apply"] = Invalid(
+        "ticker.toml is not valid:\nticker.toml:3: name: wrong\nticker.toml:9: stop: wrong"
+    )
     assert run("apply", str(tmp_path / "ticker.toml")) == 2
     assert run.errors == (
-        "pgherd: (INVALID; refused, not executed)\n"
+        "pgherd: ticker.toml is not valid: (INVALID; refused, not executed)\n"
         "  ticker.toml:3: name: wrong\n"
         "  ticker.toml:9: stop: wrong\n"
     )
