@@ -70,7 +70,8 @@ def channel(address: str, tls: Tls | None = None, *, insecure: bool = False) -> 
     if not insecure and not is_private(address):
         raise Denied(
             f"no TLS certificate to speak to {address} with",
-            hint="name ca, cert and key, or connect to the agent of this host",
+            hint="give a certificate (for commands: listen.tls of the agent.toml that PGHERD_CONFIG names), "
+            "or ask the agent of this host",
             details={"address": address},
         )
     return grpc.aio.insecure_channel(where, options=CHANNEL_OPTIONS)
