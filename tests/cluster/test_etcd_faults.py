@@ -132,7 +132,7 @@ async def test_the_agent_of_a_cut_off_host_may_be_replaced_and_still_stops_in_ti
 async def test_a_slow_way_to_etcd_moves_nothing(herd: Herd) -> None:
     names = await spread(herd)
     before = herd.observer.alive()
-    herd.cluster.network(herd.hosts["alpha"], delay=0.15)
+    herd.cluster.network(herd.hosts["alpha"], delay=0.1)
     late = herd.name("late")
     async with herd.traffic(list(names.values()), vias=list(herd.hosts)):
         (added,) = await herd.up(herd.ledger(late, prefer=["alpha"]), names=[late])

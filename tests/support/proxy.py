@@ -77,13 +77,23 @@ class Proxy:
                     end.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            if self.delay:
-                await asyncio.sleep(self.delay)
-            await self._pass.wait()
-            writer.write(data)
-            await writer.drain()
-        raise ConnectionResetError
+        """Pass on what comes, each piece ``delay`` seconds later, however many are on their way."""
+        now = asyncio.get_running_loop().time
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def deliver() -> None:
+            while True:
+                due, data = await under_way.get()
+                await asyncio.sleep(max(due - now(), 0.0))
+                await self._pass.wait()
+                writer.write(data)
+                await writer.drain()
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(deliver())
+            while data := await reader.read(1 << 16):
+                under_way.put_nowait((now() + self.delay, data))
+            raise ConnectionResetError
 
 
 class Proxies:
