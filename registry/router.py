@@ -172,7 +172,7 @@ class Router:
         waiting, self._waiting = self._waiting, {}
         for name, queue in waiting.items():
             for request in queue.requests:
-                request.reply(wire.error_reply(request.frame, Unreachable(f"{name}: the agent is stopping")))
+                request.reply(wire.error_reply(request.frame, _stopping(name)))
 
     # Decisions.
 
@@ -258,7 +258,9 @@ class Router:
             request.frame = pb.Frame.FromString(request.frame.SerializeToString())
         waiting = self._waiting.setdefault(name, _Waiting())
         size = request.frame.ByteSize()
-        if self._closed or len(waiting.requests) >= WAITING_MESSAGES or request.give_up <= now:
+        if self._closed:
+            request.reply(wire.error_reply(request.frame, _stopping(name)))
+        elif len(waiting.requests) >= WAITING_MESSAGES or request.give_up <= now:
             self._give_up(request)
         elif self._waiting_bytes + size > WAITING_BYTES:
             full = Overloaded(
@@ -314,6 +316,10 @@ class Router:
         self._soon(change.key)
         if change.after is None and (route := self._routes.get(change.key)) and not route.unanswered:
             del self._routes[change.key]
+
+
+def _stopping(name: str) -> Unreachable:
+    return Unreachable(f"{name}: the agent is stopping", details={"name": name})
 
 
 def _stopped(name: str) -> NoOwner:

@@ -77,7 +77,7 @@ class _Route:
 class _Sent:
     """A request, which is the Asker of the link that carries it."""
 
-    __slots__ = ("answer", "deadline", "frame", "order", "route", "routes")
+    __slots__ = ("answer", "deadline", "frame", "link", "order", "route", "routes")
 
     def __init__(
         self, routes: Routes, order: int, frame: pb.Frame, deadline: Boottime, route: _Route
@@ -87,6 +87,7 @@ class _Sent:
         self.frame = frame
         self.deadline = deadline
         self.route = route
+        self.link: Link | None = None
         self.answer: asyncio.Future[pb.Frame] = asyncio.get_running_loop().create_future()
 
     def __call__(self, frame: pb.Frame) -> None:
@@ -95,6 +96,8 @@ class _Sent:
         if frame.epoch != route.epoch:
             # Somebody else answered than we thought, or nobody did: ask again where the name is.
             route.until = route.found_at + KEEP
+            if self.routes._turns_away(self, frame):
+                return
         if not self.answer.done():
             self.answer.set_result(frame)
 
@@ -155,6 +158,7 @@ class Routes:
         if link is None or route.waiting or now >= route.until:
             self._wait(sent)
         else:
+            sent.link = link
             route.unanswered += 1
             link.request(frame, sent, now)
         return sent.answer
@@ -183,6 +187,21 @@ class Routes:
         sent.route.link = None
         self._wait(sent)
 
+    def _turns_away(self, sent: _Sent, answer: pb.Frame) -> bool:
+        """Send a request through home that the owner's agent did not take: it is about to stop, for example.
+
+        False: the answer is for the caller.
+        """
+        error = answer.error
+        if error.reason != pb.REASON_UNREACHABLE or error.outcome != pb.OUTCOME_REFUSED:
+            return False
+        agent = next((each for each in self._agents.values() if each.link is sent.link), None)
+        if agent is None or sent.deadline <= self._clock.now():
+            return False
+        agent.avoid_until = self._clock.now() + AVOID
+        self._seek_another(sent)
+        return True
+
     async def _seek(self, name: str, route: _Route) -> None:
         """Find a link for ``route`` and send what waits for it; refuse it when there is none."""
         try:
@@ -196,6 +215,7 @@ class Routes:
         waiting, route.waiting = route.waiting, []
         now = self._clock.now()
         for sent in waiting:
+            sent.link = route.link
             route.unanswered += 1
             route.link.request(sent.frame, sent, now)
 
@@ -247,11 +267,10 @@ class Routes:
             ) from error
 
     async def _open(self, agent: _Agent) -> Link:
+        if agent is not self._home and self._clock.now() < agent.avoid_until:
+            raise Unreachable(f"agent {agent.address} was not reachable just now")
         link = agent.link
         if link is None or link.state is State.CLOSED:
-            now = self._clock.now()
-            if agent is not self._home and now < agent.avoid_until:
-                raise Unreachable(f"agent {agent.address} was not reachable just now")
             link = agent.link = Link(agent.address, agent.channel, self._clock)
             self._start(link.run())
         await link.opened.wait()

@@ -138,3 +138,19 @@ async def test_no_request_is_executed_twice_while_agents_come_and_go() -> None:
         assert {n for n, outcome in outcomes.items() if outcome == "reply"} <= set(ran)
         assert {n for n, outcome in outcomes.items() if outcome == "refused"}.isdisjoint(ran)
         assert sum(outcome == "reply" for outcome in outcomes.values()) > 500
+
+
+async def test_owner_that_is_about_to_stop_makes_the_client_ask_home() -> None:
+    async with a_herd() as herd:
+        alpha, beta, gamma = [await herd.agent(host) for host in ("alpha", "beta", "gamma")]
+        await herd.serve("list", beta)
+        async with Client(alpha.address) as client:
+            assert await client.call("list", "add", 1) == 1
+            del beta.children.handlers["list"]
+            waits = asyncio.ensure_future(client.call("list", "add", 2))
+            await until(lambda: beta.router.waiting == 1)
+            beta.router.close()
+            await until(lambda: alpha.router.waiting == 1)
+            late = asyncio.ensure_future(client.call("list", "add", 3))
+            await herd.serve("list", gamma)
+            assert await asyncio.gather(waits, late) == [2, 3]
