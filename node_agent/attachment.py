@@ -25,6 +25,7 @@ from node_agent.worker import framing
 from registry.clock import SYSTEM_CLOCK, Boottime, Clock
 from registry.errors import Invalid, NoOwner, Overloaded, UnknownOutcome
 from registry.events import Event, LinkDropped
+from registry.frames import encode
 from registry.v1 import messages_pb2, names_pb2, worker_pb2
 
 CREDIT = 1024
@@ -97,7 +98,7 @@ class Attachment(asyncio.Protocol):
         self._attach_timer: asyncio.TimerHandle | None = None
         # A reply to a request of a former connection must not look like one to a request of this.
         self._requests = Unanswered(first_id=secrets.randbits(31) << 32)
-        self._outgoing: list[messages_pb2.Frame] = []
+        self._outgoing: list[bytes] = []
         self._outgoing_bytes = 0
         self._flushing = False
         self._received = 0
@@ -121,26 +122,31 @@ class Attachment(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             raise NoOwner(f"the process that serves {frame.to} is not connected", details={"name": frame.to})
-        size = frame.ByteSize()
-        if size > framing.MAX_BODY + 65536:
-            raise Invalid(f"a message of {size} bytes for {frame.to}: {framing.MAX_BODY} are allowed")
-        credit = CREDIT + SYSTEM_CREDIT if frame.kind == messages_pb2.KIND_SYSTEM else CREDIT
-        if (
-            len(self._requests) >= credit
-            or self._outgoing_bytes + transport.get_write_buffer_size() + size > BUFFERED_BYTES
-        ):
-            raise Overloaded(
-                f"{frame.to} has {len(self._requests)} unanswered requests ({CREDIT} are allowed), "
-                f"{transport.get_write_buffer_size()} bytes wait for it ({BUFFERED_BYTES} are allowed)",
-                hint="try again after a moment",
-                details={"name": frame.to, "limit": str(CREDIT)},
-            )
-        is_cast = frame.kind == messages_pb2.KIND_CAST
-        frame.id = self._requests.add(Request(frame.to, deadline, reply, is_cast))
+        requests, kind, to = self._requests, frame.kind, frame.to
+        credit = CREDIT + SYSTEM_CREDIT if kind == messages_pb2.KIND_SYSTEM else CREDIT
+        if len(requests) >= credit:
+            raise self._overloaded(to)
+        frame.id = requests.next_id
         frame.remaining_ms = min(max(1, int((deadline - self._clock.now()) * 1000)), LONGEST_MS)
-        self._queue(frame, size)
+        part = encode(frame)
+        size = len(part)
+        if size > framing.MAX_BODY + 65536:
+            raise Invalid(f"a message of {size} bytes for {to}: {framing.MAX_BODY} are allowed")
+        if self._outgoing_bytes + transport.get_write_buffer_size() + size > BUFFERED_BYTES:
+            raise self._overloaded(to)
+        requests.add(Request(to, deadline, reply, kind == messages_pb2.KIND_CAST))
+        self._queue(part)
         if not self._sweep_at or deadline < self._sweep_at:
             self._sweep_no_later_than(deadline)
+
+    def _overloaded(self, to: str) -> Overloaded:
+        waiting = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return Overloaded(
+            f"{to} has {len(self._requests)} unanswered requests ({CREDIT} are allowed), "
+            f"{waiting} bytes wait for it ({BUFFERED_BYTES} are allowed)",
+            hint="try again after a moment",
+            details={"name": to, "limit": str(CREDIT)},
+        )
 
     def stop(self, wait_ms: int) -> None:
         """Ask the worker to stop in order; after ``wait_ms`` something harder will be tried."""
@@ -158,9 +164,9 @@ class Attachment(asyncio.Protocol):
 
     # The way out.
 
-    def _queue(self, frame: messages_pb2.Frame, size: int) -> None:
-        self._outgoing.append(frame)
-        self._outgoing_bytes += size
+    def _queue(self, part: bytes) -> None:
+        self._outgoing.append(part)
+        self._outgoing_bytes += len(part)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -169,16 +175,11 @@ class Attachment(asyncio.Protocol):
         self._flushing = False
         if self._transport is None or self._transport.is_closing():
             return
-        frames, size = self._outgoing, self._outgoing_bytes
-        self._outgoing, self._outgoing_bytes = [], 0
-        for frame in frames:
-            self._requests.written(frame.id)
+        parts, self._outgoing, self._outgoing_bytes = self._outgoing, [], 0
+        self._requests.written()
         self._acknowledged = self._received
-        for batch in framing.batches(frames, size):
-            message = worker_pb2.AgentMessage(
-                batch=messages_pb2.Batch(frames=batch, accepted=self._acknowledged)
-            )
-            self._transport.write(framing.pack(message))
+        for batch in framing.batches(parts):
+            self._transport.write(framing.pack_batch(batch, self._acknowledged))
 
     def _say(self, message: worker_pb2.AgentMessage) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -293,7 +294,8 @@ class Attachment(asyncio.Protocol):
     def _sweep(self) -> None:
         self._sweep_timer, self._sweep_at = None, 0.0
         for request_id, request in self._requests.expired(self._clock.now()):
-            self._queue(messages_pb2.Frame(id=request_id, kind=messages_pb2.KIND_CANCEL), 16)
+            self._requests.add_other()
+            self._queue(encode(messages_pb2.Frame(id=request_id, kind=messages_pb2.KIND_CANCEL)))
             late = UnknownOutcome(f"{request.to} did not answer in time", details={"name": request.to})
             request.reply(framing.failed(request_id, late, epoch=self.epoch, start=self.start))
         deadline = self._requests.next_deadline()
@@ -311,19 +313,17 @@ class Attachment(asyncio.Protocol):
         self._outgoing = []
         self.ended.set_result(None)
         for request_id, request in self._requests.drain():
-            error = _unanswered(request, why)
+            error = _unanswered(request.to, why, is_written=self._requests.is_written(request))
             request.reply(framing.failed(request_id, error, epoch=self.epoch, start=self.start))
         if self._handler is not None:
             self._handler.on_closed(why)
 
 
-def _unanswered(request: Request, why: str) -> UnknownOutcome | NoOwner:
-    details = {"name": request.to}
-    if request.place:
-        return UnknownOutcome(f"the process that serves {request.to} is gone: {why}", details=details)
-    return NoOwner(
-        f"the process that serves {request.to} was gone before it got this: {why}", details=details
-    )
+def _unanswered(to: str, why: str, *, is_written: bool) -> UnknownOutcome | NoOwner:
+    details = {"name": to}
+    if is_written:
+        return UnknownOutcome(f"the process that serves {to} is gone: {why}", details=details)
+    return NoOwner(f"the process that serves {to} was gone before it got this: {why}", details=details)
 
 
 class WorkerSocket:

@@ -1,7 +1,7 @@
 """The requests of one connection that have not been answered: matched, acknowledged, expired.
 
-Pure bookkeeping, no clock and no transport.  Frames are counted in the order in which they are written,
-because a worker acknowledges casts by that count.
+Pure bookkeeping, no clock and no transport.  Frames are counted in the order in which they are queued, which
+is that in which they are written, because a worker acknowledges casts by that count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Reply = Callable[[messages_pb2.Frame], None]
 
 @dataclass(slots=True)
 class Request:
-    """One of them; ``place`` is its number among the frames of the connection, 0 before it is written."""
+    """One of them; ``place`` is its number among the frames of the connection."""
 
     to: str
     deadline: Boottime
@@ -30,28 +30,35 @@ class Unanswered:
     """Requests by id.  An id is never used twice, not even by the next connection of the same worker."""
 
     def __init__(self, first_id: int) -> None:
-        self._last_id = first_id
+        self.next_id = first_id + 1
         self._requests: dict[int, Request] = {}
         self._casts: dict[int, Request] = {}
+        self._queued = 0
         self._written = 0
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Request) -> int:
-        """Return the id of a new request."""
-        self._last_id += 1
-        self._requests[self._last_id] = request
-        return self._last_id
+    def add(self, request: Request) -> None:
+        """Count a request that is queued now; its id is ``next_id``."""
+        self._queued += 1
+        request.place = self._queued
+        self._requests[self.next_id] = request
+        if request.is_cast:
+            self._casts[self.next_id] = request
+        self.next_id += 1
 
-    def written(self, frame_id: int) -> None:
-        """Count a frame that is written now."""
-        self._written += 1
-        request = self._requests.get(frame_id)
-        if request is not None:
-            request.place = self._written
-            if request.is_cast:
-                self._casts[frame_id] = request
+    def add_other(self) -> None:
+        """Count a frame that is queued now and is no request."""
+        self._queued += 1
+
+    def written(self) -> None:
+        """Everything that was queued is written now."""
+        self._written = self._queued
+
+    def is_written(self, request: Request) -> bool:
+        """Return whether the worker may have got it."""
+        return request.place <= self._written
 
     def pop(self, request_id: int) -> Request | None:
         """Remove and return a request; None if it was removed before, or belongs to another connection."""
@@ -61,9 +68,10 @@ class Unanswered:
         return request
 
     def accepted(self, place: int) -> Iterator[tuple[int, Request]]:
-        """Remove and yield the casts among the first ``place`` frames."""
+        """Remove and yield the casts among the first ``place`` frames, of those that were written."""
+        place = min(place, self._written)
         while self._casts:
-            # They are in the order in which they were written.
+            # They are in the order in which they were queued.
             request_id, request = next(iter(self._casts.items()))
             if request.place > place:
                 return

@@ -22,6 +22,7 @@ from registry import wire
 from registry.alarm import NEVER, Alarm
 from registry.clock import Boottime, Clock
 from registry.errors import HerdError, Invalid, Overloaded, UnknownOutcome, Unreachable
+from registry.frames import encode
 from registry.grpc_words import plain
 from registry.v1 import messages_pb2 as pb
 
@@ -183,7 +184,7 @@ class Link:
         place = self._sent + 1
         frame.id = place
         frame.remaining_ms = left
-        if len(self._pending) >= MAX_UNANSWERED or not self._outbox.put(wire.encode(frame)):
+        if len(self._pending) >= MAX_UNANSWERED or not self._outbox.put(encode(frame)):
             asker(wire.error_reply(frame, self._overloaded()))
             return
         self._sent = place

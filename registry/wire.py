@@ -263,29 +263,6 @@ def kind_name(kind: int) -> str:
 # Batches.
 
 
-def encode(frame: pb.Frame) -> bytes:
-    """Return the bytes of ``frame`` inside a batch: joined, such parts are the encoding of a Batch.
-
-    A repeated field is encoded as its elements one after another, each with tag and length, so a frame is
-    encoded once, when it is queued, and its exact size is known from then on.
-    """
-    raw = frame.SerializeToString()
-    size = len(raw)
-    return (_PREFIXES[size] if size < len(_PREFIXES) else _prefix(size)) + raw
-
-
-def _prefix(size: int) -> bytes:
-    out = bytearray(b"\x0a")
-    while size >= 0x80:
-        out.append(size & 0x7F | 0x80)
-        size >>= 7
-    out.append(size)
-    return bytes(out)
-
-
-_PREFIXES = tuple(_prefix(size) for size in range(1024))
-
-
 def decode(raw: bytes) -> Sequence[pb.Frame]:
     """Return the frames of an encoded Batch.  Raises Invalid."""
     try:

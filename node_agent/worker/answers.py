@@ -51,7 +51,7 @@ def again(answer: messages_pb2.Frame, request: int) -> messages_pb2.Frame:
 
 
 class Answers:
-    """Sends the answers of one process through ``post(frames, bytes)``.
+    """Sends the answers of one process through ``post``.
 
     ``soon`` makes the event loop call :meth:`flush` in its next turn; the uplink's thread calls it too, when
     the loop does not turn.
@@ -61,7 +61,7 @@ class Answers:
         self,
         identity: Identity,
         results: Results,
-        post: Callable[[Sequence[messages_pb2.Frame], int], None],
+        post: Callable[[Sequence[messages_pb2.Frame]], None],
         soon: Callable[[Callable[[], None]], object],
     ) -> None:
         self._identity = identity
@@ -70,7 +70,6 @@ class Answers:
         self._soon = soon
         self._lock = threading.Lock()
         self._waiting: list[messages_pb2.Frame] = []
-        self._bytes = 0
 
     def done(self, message: Message, result: Any) -> None:
         """Answer ``message`` with what its handler returned; TypeError for what JSON cannot say."""
@@ -86,21 +85,21 @@ class Answers:
             why = f"{message.method} returned {len(body)} bytes, more than the {MAX_BODY} a message may carry"
             self.rejected(message, why, {"limit": str(MAX_BODY)})
         else:
-            self._answer(message, self._identity.answered(message.request, body), len(body))
+            self._answer(message, self._identity.answered(message.request, body))
 
     def rejected(self, message: Message, reason: str, details: Mapping[str, str]) -> None:
         """Answer that the handler of ``message`` ran and said no."""
         error = DaemonError(reason, details=details)
-        self._answer(message, self._identity.failed(message.request, error), 256)
+        self._answer(message, self._identity.failed(message.request, error))
 
-    def _answer(self, message: Message, frame: messages_pb2.Frame, size: int) -> None:
+    def _answer(self, message: Message, frame: messages_pb2.Frame) -> None:
         if message.key:
             frame.idempotency_key = message.key
             self._results.answered(message, frame, SYSTEM_CLOCK.now())
         requests = message.requests
         if requests:
             copies = [again(frame, request) for request in requests[1:]]
-            self._queue([frame, *copies], (size + 64) * len(requests))
+            self._queue([frame, *copies])
 
     def failed(self, message: Message, error: HerdError) -> None:
         """Answer ``message`` with ``error``; its handler did not run or did not end; its key is new again."""
@@ -108,19 +107,17 @@ class Answers:
             self._results.forget(message)
         frames = [self._identity.failed(request, error) for request in message.requests]
         if frames:
-            self._queue(frames, 256 * len(frames))
+            self._queue(frames)
 
-    def _queue(self, frames: list[messages_pb2.Frame], size: int) -> None:
+    def _queue(self, frames: list[messages_pb2.Frame]) -> None:
         with self._lock:
             if not self._waiting:
                 self._soon(self.flush)
             self._waiting += frames
-            self._bytes += size
 
     def flush(self) -> None:
         """Send what was collected."""
         with self._lock:
-            waiting, size = self._waiting, self._bytes
-            self._waiting, self._bytes = [], 0
+            waiting, self._waiting = self._waiting, []
         if waiting:
-            self._post(waiting, size)
+            self._post(waiting)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from google.protobuf.message import DecodeError, Message
 
 from registry.errors import HerdError
+from registry.frames import head
 from registry.v1 import messages_pb2, worker_pb2
 
 MAX_MESSAGE = 16 * 1024 * 1024
@@ -31,6 +32,8 @@ DEFAULT_MS = 5000
 """``remaining_ms`` of a frame that has none."""
 
 _LENGTH = struct.Struct("<I")
+_BATCH = worker_pb2.AgentMessage.BATCH_FIELD_NUMBER
+assert worker_pb2.WorkerMessage.BATCH_FIELD_NUMBER == _BATCH
 
 
 class Garbage(Exception):
@@ -41,6 +44,13 @@ def pack(message: Message) -> bytes:
     """Return ``message`` with its length before it."""
     data = message.SerializeToString()
     return _LENGTH.pack(len(data)) + data
+
+
+def pack_batch(parts: Sequence[bytes], accepted: int) -> bytes:
+    """Return either side's message with a batch of frames, encoded by :func:`registry.frames.encode`."""
+    batch = b"".join((*parts, messages_pb2.Batch(accepted=accepted).SerializeToString()))
+    start = head(_BATCH, len(batch))
+    return b"".join((_LENGTH.pack(len(start) + len(batch)), start, batch))
 
 
 class Unpacker:
@@ -87,16 +97,16 @@ def agent_message(data: bytes) -> worker_pb2.AgentMessage:
         raise Garbage(f"{len(data)} bytes that are no AgentMessage: {error}") from error
 
 
-def batches(frames: Sequence[messages_pb2.Frame], size: int) -> Iterator[Sequence[messages_pb2.Frame]]:
-    """Cut ``frames`` of together ``size`` bytes into batches that fit into a message, in order."""
-    if size <= BATCH_BYTES:
-        yield frames
+def batches(parts: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """Cut encoded frames into batches that fit into a message, in order."""
+    if sum(map(len, parts)) <= BATCH_BYTES:
+        yield parts
         return
-    batch: list[messages_pb2.Frame] = []
+    batch: list[bytes] = []
     taken = 0
-    for frame in frames:
-        batch.append(frame)
-        taken += frame.ByteSize()
+    for part in parts:
+        batch.append(part)
+        taken += len(part)
         if taken > BATCH_BYTES:
             yield batch
             batch, taken = [], 0

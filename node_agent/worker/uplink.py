@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from node_agent.worker import framing
+from registry.frames import encode
 from registry.v1 import messages_pb2, names_pb2, worker_pb2
 
 FIRST_BACKOFF = 0.01
@@ -66,7 +67,7 @@ class Uplink:
         self._backlog = bytearray()
         self._taken = 0
         self._answers = 0
-        self._kept: deque[tuple[int, int, messages_pb2.Frame]] = deque()
+        self._kept: deque[tuple[int, bytes]] = deque()
         self._kept_bytes = 0
 
     def start(self, methods: Iterable[names_pb2.Method] = ()) -> None:
@@ -87,13 +88,12 @@ class Uplink:
             self._crashed = worker_pb2.Crashed(why=why, traceback=text)
             self._say(worker_pb2.WorkerMessage(crashed=self._crashed))
 
-    def post(self, frames: Sequence[messages_pb2.Frame], size: int) -> None:
-        """Send ``frames`` of together about ``size`` bytes; kept until an agent acknowledges them."""
+    def post(self, frames: Sequence[messages_pb2.Frame]) -> None:
+        """Send ``frames``; kept until an agent acknowledges them."""
+        parts = [encode(frame) for frame in frames]
         with self._lock:
-            for frame in frames:
-                self._keep(frame)
-            for batch in framing.batches(frames, size):
-                self._say_batch(batch)
+            self._keep(parts)
+            self._say_parts(parts)
 
     def close(self, within: float) -> bool:
         """Write what is left and end the thread; returns whether the agent read it ``within`` seconds."""
@@ -106,27 +106,32 @@ class Uplink:
 
     # With the lock held.
 
-    def _keep(self, frame: messages_pb2.Frame) -> None:
-        size = frame.ByteSize()
-        place = self._answers + 1 if self._socket is not None else 0
-        self._answers = max(self._answers, place)
-        self._kept.append((place, size, frame))
-        self._kept_bytes += size
-        while len(self._kept) > KEPT_ANSWERS or self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= self._kept.popleft()[1]
+    def _keep(self, parts: Iterable[bytes]) -> None:
+        kept, attached = self._kept, self._socket is not None
+        for part in parts:
+            if attached:
+                self._answers += 1
+            kept.append((self._answers if attached else 0, part))
+            self._kept_bytes += len(part)
+        while len(kept) > KEPT_ANSWERS or self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= len(kept.popleft()[1])
 
     def _acknowledged(self, place: int) -> None:
         """Answers are numbered for each connection; 0 is what Attach has told."""
-        while self._kept and self._kept[0][0] <= place:
-            self._kept_bytes -= self._kept.popleft()[1]
+        kept = self._kept
+        while kept and kept[0][0] <= place:
+            self._kept_bytes -= len(kept.popleft()[1])
 
-    def _say_batch(self, frames: Sequence[messages_pb2.Frame]) -> None:
-        self._say(worker_pb2.WorkerMessage(batch=messages_pb2.Batch(frames=frames, accepted=self._taken)))
+    def _say_parts(self, parts: Sequence[bytes]) -> None:
+        for batch in framing.batches(parts):
+            self._send(framing.pack_batch(batch, self._taken))
 
     def _say(self, message: worker_pb2.WorkerMessage) -> None:
+        self._send(framing.pack(message))
+
+    def _send(self, data: bytes) -> None:
         if self._socket is None:
             return
-        data = framing.pack(message)
         if self._backlog:
             self._backlog += data
         else:
@@ -202,7 +207,7 @@ class Uplink:
                 worker=self._worker,
                 methods=self._methods,
                 ready=self._ready,
-                unacknowledged=[frame for _, _, frame in self._kept],
+                unacknowledged=messages_pb2.Batch.FromString(b"".join(part for _, part in self._kept)).frames,
             )
             self._say(worker_pb2.WorkerMessage(attach=attach))
             if self._crashed is not None:
@@ -212,7 +217,7 @@ class Uplink:
         self._socket = None
         self._backlog.clear()
         self._taken = self._answers = 0
-        self._kept = deque((0, size, frame) for _, size, frame in self._kept)
+        self._kept = deque((0, part) for _, part in self._kept)
 
     def _serve(self, connection: socket.socket) -> bool:
         """Speak with one agent until either side ends it; returns whether the agent has said anything."""
@@ -267,5 +272,4 @@ class Uplink:
                 # A call's answer says that it was accepted; only a cast waits for the acknowledgement.
                 if answers or any(frame.kind == messages_pb2.KIND_CAST for frame in message.batch.frames):
                     self._answers += len(answers)
-                    for batch in framing.batches(answers, sum(answer.ByteSize() for answer in answers)):
-                        self._say_batch(batch)
+                    self._say_parts([encode(answer) for answer in answers])

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from registry import wire
 from registry.clock import Boottime, Clock
 from registry.errors import HerdError, Invalid, Overloaded, UnknownOutcome
+from registry.frames import encode
 from registry.link import MAX_QUEUED_BYTES, MAX_UNANSWERED, NODE, PEER, ROLE, Outbox
 from registry.peers import Peers
 from registry.router import Router
@@ -169,7 +170,7 @@ class _Stream:
             self._idle.set()
 
     def _put(self, frame: pb.Frame) -> None:
-        if self._ended or self._outbox.put(wire.encode(frame)) or self._broken.done():
+        if self._ended or self._outbox.put(encode(frame)) or self._broken.done():
             return
         self._broken.set_exception(
             Overloaded(

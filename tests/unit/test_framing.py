@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from node_agent.worker import framing
 from registry.errors import Overloaded
+from registry.frames import encode
 from registry.v1 import messages_pb2, worker_pb2
 
 
@@ -44,14 +45,22 @@ def test_any_bytes_are_a_message_or_garbage(data: bytes) -> None:
 
 
 def test_a_batch_is_cut_so_that_it_fits_into_a_message() -> None:
-    frames = [messages_pb2.Frame(id=n, data=bytes(framing.MAX_BODY)) for n in range(6)]
-    cut = list(framing.batches(frames, sum(frame.ByteSize() for frame in frames)))
-    assert [frame.id for batch in cut for frame in batch] == list(range(6))
+    parts = [encode(messages_pb2.Frame(id=n, data=bytes(framing.MAX_BODY))) for n in range(6)]
+    cut = list(framing.batches(parts))
+    assert [part for batch in cut for part in batch] == parts
     for batch in cut:
-        packed = framing.pack(worker_pb2.AgentMessage(batch=messages_pb2.Batch(frames=batch)))
-        assert len(packed) <= framing.MAX_MESSAGE
-    assert list(framing.batches(frames[:1], 100)) == [frames[:1]]
-    assert list(framing.batches([], 0)) == [[]], "an empty batch carries an acknowledgement"
+        assert len(framing.pack_batch(batch, 2**63)) <= framing.MAX_MESSAGE
+    assert list(framing.batches(parts[:1])) == [parts[:1]]
+    assert list(framing.batches([])) == [[]], "an empty batch carries an acknowledgement"
+
+
+@given(st.lists(st.binary(max_size=300), max_size=5), st.integers(min_value=0, max_value=2**64 - 1))
+def test_a_packed_batch_is_the_message_of_either_side(bodies: list[bytes], accepted: int) -> None:
+    frames = [messages_pb2.Frame(id=n, data=body) for n, body in enumerate(bodies)]
+    [data] = framing.Unpacker().feed(framing.pack_batch([encode(frame) for frame in frames], accepted))
+    batch = messages_pb2.Batch(frames=frames, accepted=accepted)
+    assert framing.agent_message(data) == worker_pb2.AgentMessage(batch=batch)
+    assert framing.worker_message(data) == worker_pb2.WorkerMessage(batch=batch)
 
 
 def test_an_error_travels_with_everything_it_says() -> None:

@@ -17,6 +17,7 @@ from registry import link as link_module
 from registry import wire
 from registry.clock import SYSTEM_CLOCK, Boottime
 from registry.errors import HerdError
+from registry.frames import encode
 from registry.link import BATCH_BYTES, BATCH_FRAMES, METHOD, NODE, Link, Outbox, State
 from registry.security import CHANNEL_OPTIONS
 from registry.v1 import messages_pb2 as pb
@@ -87,9 +88,7 @@ async def linked(answering: Answering) -> AsyncIterator[Link]:
 async def echoes(context: Any) -> None:
     while isinstance(raw := await context.read(), bytes):
         await context.write(
-            b"".join(
-                wire.encode(pb.Frame(id=f.id, kind=pb.KIND_REPLY, json=f.json)) for f in wire.decode(raw)
-            )
+            b"".join(encode(pb.Frame(id=f.id, kind=pb.KIND_REPLY, json=f.json)) for f in wire.decode(raw))
         )
 
 
@@ -174,7 +173,7 @@ async def test_replies_find_their_askers_and_the_link_knows_the_node() -> None:
 async def test_reply_that_nobody_waits_for_is_dropped() -> None:
     async def twice(context: Any) -> None:
         while isinstance(raw := await context.read(), bytes):
-            await context.write(raw + wire.encode(pb.Frame(id=999)) + raw)
+            await context.write(raw + encode(pb.Frame(id=999)) + raw)
 
     async with linked(twice) as link:
         asked = [ask(link), ask(link)]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from registry import wire
 from registry.errors import REASONS, DaemonError, HerdError, Invalid, Outcome, Overloaded, UnknownOutcome
+from registry.frames import encode
 from registry.v1 import messages_pb2 as pb
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
@@ -61,7 +62,7 @@ def test_error_survives_a_grpc_status(error: HerdError) -> None:
 
 @given(st.lists(frames(), max_size=8))
 def test_joined_frames_are_a_batch(sent: list[pb.Frame]) -> None:
-    joined = b"".join(wire.encode(frame) for frame in sent)
+    joined = b"".join(encode(frame) for frame in sent)
     assert joined == pb.Batch(frames=sent).SerializeToString()
     assert list(wire.decode(joined)) == sent
 
@@ -69,7 +70,7 @@ def test_joined_frames_are_a_batch(sent: list[pb.Frame]) -> None:
 @pytest.mark.parametrize("size", [0, 100, 126, 127, 128, 1020, 16382, 16383, 16384, 70_000])
 def test_frames_of_every_length_are_framed_as_protobuf_does(size: int) -> None:
     frame = pb.Frame(data=b"x" * size)
-    assert wire.encode(frame) == pb.Batch(frames=[frame]).SerializeToString()
+    assert encode(frame) == pb.Batch(frames=[frame]).SerializeToString()
 
 
 @given(TEXT, TEXT, BODIES, st.integers(0, 2**62))
