@@ -8,7 +8,6 @@ nothing in the mailbox is refused later for what it says.  Runs on the runtime's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from node_agent.behaviours.interface import Interface
 from node_agent.worker.answers import Identity, again
@@ -17,6 +16,8 @@ from node_agent.worker.mailbox import Mailbox, Message, Put, Results
 from registry.clock import Boottime
 from registry.errors import HerdError, Invalid, NoOwner, Overloaded, WrongEpoch
 from registry.v1 import messages_pb2
+
+_REQUESTS = (messages_pb2.KIND_CALL, messages_pb2.KIND_CAST)
 
 
 class Intake:
@@ -28,41 +29,34 @@ class Intake:
         self._mailbox = mailbox
         self._results = results
 
-    def take(self, frames: Iterable[messages_pb2.Frame], now: Boottime) -> list[messages_pb2.Frame]:
-        """Put what is acceptable into the mailbox; return the answers to everything else."""
-        answers: list[messages_pb2.Frame] = []
-        for frame in frames:
-            try:
-                if frame.kind in (messages_pb2.KIND_CALL, messages_pb2.KIND_CAST):
-                    answer = self._request(frame, now)
-                    if answer is not None:
-                        answers.append(answer)
-                elif frame.kind == messages_pb2.KIND_CANCEL:
-                    self._cancel(frame.id)
-                else:
-                    raise Invalid(f"a frame of kind {frame.kind} is no request")
-            except HerdError as error:
-                answers.append(self._identity.failed(frame.id, error))
-        return answers
+    def take(self, frame: messages_pb2.Frame, now: Boottime) -> messages_pb2.Frame | None:
+        """Put what is acceptable into the mailbox; return the answer to everything else."""
+        kind = frame.kind
+        try:
+            if kind in _REQUESTS:
+                return self._request(frame, kind == messages_pb2.KIND_CALL, now)
+            if kind == messages_pb2.KIND_CANCEL:
+                self._cancel(frame.id)
+                return None
+            raise Invalid(f"a frame of kind {kind} is no request")
+        except HerdError as error:
+            return self._identity.failed(frame.id, error)
 
-    def _request(self, frame: messages_pb2.Frame, now: Boottime) -> messages_pb2.Frame | None:
-        identity = self._identity
-        if frame.epoch and frame.epoch != identity.epoch:
-            raise WrongEpoch(
-                f"{identity.name} has epoch {identity.epoch} here, the request wants {frame.epoch}"
-            )
-        is_call = frame.kind == messages_pb2.KIND_CALL
+    def _request(self, frame: messages_pb2.Frame, is_call: bool, now: Boottime) -> messages_pb2.Frame | None:
+        identity, epoch = self._identity, frame.epoch
+        if epoch and epoch != identity.epoch:
+            raise WrongEpoch(f"{identity.name} has epoch {identity.epoch} here, the request wants {epoch}")
         message = Message(
-            method=frame.method,
-            is_call=is_call,
-            arguments=self._interface.arguments(frame),
+            frame.method,
+            is_call,
+            self._interface.arguments(frame),
             # The sender of a cast waits for its acceptance only; after that it is ours to handle.
-            deadline=now + (frame.remaining_ms or DEFAULT_MS) / 1000 if is_call else math.inf,
-            sender=frame.sender,
-            traceparent=frame.traceparent,
-            key=frame.idempotency_key,
-            request=frame.id,
-            size=frame.ByteSize(),
+            now + (frame.remaining_ms or DEFAULT_MS) / 1000 if is_call else math.inf,
+            frame.sender,
+            frame.traceparent,
+            frame.idempotency_key,
+            frame.id,
+            frame.ByteSize(),
         )
         if message.key:
             seen = self._results.seen(message, now)

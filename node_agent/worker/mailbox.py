@@ -11,7 +11,7 @@ import enum
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from registry.clock import Boottime
@@ -51,7 +51,7 @@ class Message:
     key: str = ""
     request: int = 0
     size: int = 0
-    joined: list[int] = field(default_factory=list)
+    joined: tuple[int, ...] = ()
     postpone: Callable[[], None] | None = None
 
     @property
@@ -191,7 +191,7 @@ class Results:
                 return answer.frame
             if (first := self._running.get(key)) is not None:
                 if message.is_call:
-                    first.joined.append(message.request)
+                    first.joined += (message.request,)
                 first.deadline = max(first.deadline, message.deadline)
                 return True
             self._running[key] = message

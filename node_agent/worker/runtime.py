@@ -159,6 +159,8 @@ class Runtime:
                 continue
             message = self._mailbox.take()
             if message is None:
+                # Now, not in the loop's next turn: somebody waits for it.
+                self._answers.flush()
                 self._something = self._loop.create_future()
                 await self._something
                 turn_ends = SYSTEM_CLOCK.now() + TURN
@@ -250,7 +252,7 @@ class Runtime:
 
     # On the uplink's thread.
 
-    def _hear(self, message: worker_pb2.AgentMessage) -> Sequence[messages_pb2.Frame]:
+    def _hear(self, message: worker_pb2.AgentMessage) -> Sequence[messages_pb2.Frame] | None:
         what = message.WhichOneof("is")
         if what == "batch":
             return self._take(message.batch.frames)
@@ -264,16 +266,23 @@ class Runtime:
                 "%s ends: the agent does not want it: %s", self._identity.name, message.attached.refused
             )
             leave(EXIT_SUPERSEDED)
-        return ()
+        return None
 
-    def _take(self, frames: Sequence[messages_pb2.Frame]) -> list[messages_pb2.Frame]:
-        requests = [frame for frame in frames if frame.kind != messages_pb2.KIND_SYSTEM]
-        answers = self._intake.take(requests, SYSTEM_CLOCK.now())
+    def _take(self, frames: Sequence[messages_pb2.Frame]) -> list[messages_pb2.Frame] | None:
+        now = SYSTEM_CLOCK.now()
+        take = self._intake.take
+        answers: list[messages_pb2.Frame] = []
+        only_calls = True
+        for frame in frames:
+            kind = frame.kind
+            only_calls = only_calls and kind == messages_pb2.KIND_CALL
+            answer = self._system(frame) if kind == messages_pb2.KIND_SYSTEM else take(frame, now)
+            if answer is not None:
+                answers.append(answer)
         if self._mailbox.must_wake():
             self._loop.call_soon_threadsafe(self._wake)
-        if len(requests) < len(frames):
-            answers += [self._system(frame) for frame in frames if frame.kind == messages_pb2.KIND_SYSTEM]
-        return answers
+        # A call's answer says that it was accepted; only a cast waits for the acknowledgement.
+        return None if only_calls and not answers else answers
 
     def _system(self, frame: messages_pb2.Frame) -> messages_pb2.Frame:
         if frame.method == "ping":

@@ -40,8 +40,9 @@ BACKLOG_BYTES = 64 * 1024 * 1024
 
 TRACEBACK_BYTES = 64 * 1024
 
-Hear = Callable[[worker_pb2.AgentMessage], Sequence[messages_pb2.Frame]]
-"""Takes what an agent said; returns answers that are due at once.  Called from the thread."""
+Hear = Callable[[worker_pb2.AgentMessage], Sequence[messages_pb2.Frame] | None]
+"""Takes what an agent said; returns the answers that are due at once, perhaps none, or None when the agent
+need not even know that it was taken.  Called from the thread."""
 
 
 class Uplink:
@@ -88,9 +89,8 @@ class Uplink:
             self._crashed = worker_pb2.Crashed(why=why, traceback=text)
             self._say(worker_pb2.WorkerMessage(crashed=self._crashed))
 
-    def post(self, frames: Sequence[messages_pb2.Frame]) -> None:
-        """Send ``frames``; kept until an agent acknowledges them."""
-        parts = [encode(frame) for frame in frames]
+    def post(self, parts: Sequence[bytes]) -> None:
+        """Send encoded answers; kept until an agent acknowledges them."""
         with self._lock:
             self._keep(parts)
             self._say_parts(parts)
@@ -269,7 +269,6 @@ class Uplink:
                 self._taken += len(message.batch.frames)
                 if message.batch.accepted:
                     self._acknowledged(message.batch.accepted)
-                # A call's answer says that it was accepted; only a cast waits for the acknowledgement.
-                if answers or any(frame.kind == messages_pb2.KIND_CAST for frame in message.batch.frames):
+                if answers is not None:
                     self._answers += len(answers)
                     self._say_parts([encode(answer) for answer in answers])

@@ -77,7 +77,7 @@ def test_a_cancelled_message_is_removed_and_its_bytes_are_free() -> None:
 def test_a_message_that_others_have_joined_is_not_cancelled() -> None:
     mailbox = Mailbox()
     first = message(1)
-    first.joined.append(2)
+    first.joined += (2,)
     mailbox.put(first)
     assert mailbox.cancel(1) is None
     assert len(mailbox) == 1
