@@ -8,6 +8,7 @@ asks again.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 
 from node_agent.attachment import AttachHandler, Attachment
 from node_agent.lifecycle import Child
@@ -50,7 +51,7 @@ class Local:
             if frame.epoch and frame.epoch != child.epoch:
                 self._refuse(frame, reply, child, _wrong_epoch(frame, child))
                 return
-            reply = self._still_trusted(child, frame.to, reply)
+            reply = partial(self._answer, child, reply)
         if child is None or child.state is not State.READY or child.attachment is None:
             self._refuse(frame, reply, child, _not_serving(frame.to, child))
             return
@@ -64,23 +65,19 @@ class Local:
         epoch, start = (child.epoch, child.start) if child else (0, 0)
         reply(error_reply(frame, error, epoch=epoch, start=start))
 
-    def _still_trusted(self, child: Child, name: str, reply: Reply) -> Reply:
-        """Return a reply that calls an answer unknown which comes when this host may not act any more."""
-
-        def answer(answered: messages_pb2.Frame) -> None:
-            if self._trusted() or answered.error.outcome in (
-                messages_pb2.OUTCOME_REFUSED,
-                messages_pb2.OUTCOME_UNKNOWN,
-            ):
-                reply(answered)
-            else:
-                unknown = UnknownOutcome(
-                    f"{name} answered when this host's lease was not certain any more",
-                    details={"name": name, "epoch": str(child.epoch)},
-                )
-                reply(error_reply(answered, unknown, epoch=child.epoch, start=child.start))
-
-        return answer
+    def _answer(self, child: Child, reply: Reply, answered: messages_pb2.Frame) -> None:
+        """Call an answer unknown which comes when this host may not act any more."""
+        if self._trusted() or answered.error.outcome in (
+            messages_pb2.OUTCOME_REFUSED,
+            messages_pb2.OUTCOME_UNKNOWN,
+        ):
+            reply(answered)
+        else:
+            unknown = UnknownOutcome(
+                f"{child.key} answered when this host's lease was not certain any more",
+                details={"name": child.key, "epoch": str(child.epoch)},
+            )
+            reply(error_reply(answered, unknown, epoch=child.epoch, start=child.start))
 
     # Workers' connections.
 
