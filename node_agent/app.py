@@ -54,6 +54,8 @@ PROTOCOL = 1
 """Version of what agents say to each other."""
 CONFIRM_TIMEOUT = 0.05
 """Seconds an agent has to say whether it still runs a name whose owner key vanished."""
+LONGEST_HANG = 5.0
+"""Seconds the agent's loop may stand still, at most, before the warden replaces its process."""
 RESTART_GRACE = 0.2
 """Seconds for answers under way before the agent's process is replaced."""
 
@@ -386,7 +388,8 @@ class Agent:
 
 async def run(config: AgentConfig, control_fd: int) -> int:
     """Be the agent of ``config`` under the warden at ``control_fd``; return the process's exit code."""
-    link = await WardenLink.open(control_fd)
+    # A hung agent is to be replaced while its lease still lets the next one adopt its workers.
+    link = await WardenLink.open(control_fd, hang_limit=min(config.timing.soft / 2, LONGEST_HANG))
     agent = Agent(config, link)
     code = 0
     try:
