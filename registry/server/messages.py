@@ -108,13 +108,14 @@ class Messages:
         finally:
             stream.end()
         if failure is not None:
-            raise failure
+            raise _of_the_whole_link(failure) if stream.took_requests else failure
 
 
 class _Stream:
-    """The answering side of one link."""
+    """The answering side of one link.  ``took_requests``: something that came on it may have been passed on."""
 
     def __init__(self, router: Router, clock: Clock, sender: str, *, from_peer: bool) -> None:
+        self.took_requests = False
         self._router = router
         self._clock = clock
         self._sender = sender
@@ -139,7 +140,9 @@ class _Stream:
 
     def _take(self, raw: bytes, now: Boottime) -> None:
         is_small = len(raw) <= wire.MAX_HEAD
-        for frame in wire.decode(raw):
+        frames = wire.decode(raw)
+        self.took_requests = True
+        for frame in frames:
             if not (is_small and frame.kind in _REQUESTS) and not self._is_request(frame):
                 continue
             if self._unanswered >= MAX_UNANSWERED:
@@ -219,6 +222,19 @@ def sender(context: Context) -> str:
 def _resolve(answer: asyncio.Future[pb.Frame], reply: pb.Frame) -> None:
     if not answer.done():
         answer.set_result(reply)
+
+
+def _of_the_whole_link(failure: HerdError) -> UnknownOutcome:
+    """Return what the end of a stream says about every request on it that has no answer.
+
+    What ended it concerns one message; others were passed on, and perhaps executed, so it must not read as
+    refused.
+    """
+    return UnknownOutcome(
+        f"{failure.message}: requests of this link without an answer may have been executed",
+        hint=failure.hint,
+        details={**failure.details, "cause": failure.reason},
+    )
 
 
 def _too_many(unanswered: int) -> Overloaded:

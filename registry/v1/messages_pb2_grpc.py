@@ -75,7 +75,9 @@ class MessagesServicer:
 
     def Link(self, request_iterator, context):
         """The same for many requests at once: frames in batches, both ways. Replies come in any order, matched by
-        id. A broken link makes every request that was written to it and not answered unknown.
+        id. A broken link makes every request that was written to it and not answered unknown; so does an error
+        status, whose ErrorInfo says outcome "unknown", reason UNKNOWN_OUTCOME and in cause which error ended the
+        link. Only if no batch was taken from it is the outcome "refused".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

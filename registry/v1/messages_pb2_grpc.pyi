@@ -43,7 +43,9 @@ class MessagesStub:
     """Send without an answer; returns when the daemon's runtime has accepted the message. At most once."""
     Link: _grpc.StreamStreamMultiCallable[_messages_pb2.Batch, _messages_pb2.Batch]
     """The same for many requests at once: frames in batches, both ways. Replies come in any order, matched by
-    id. A broken link makes every request that was written to it and not answered unknown.
+    id. A broken link makes every request that was written to it and not answered unknown; so does an error
+    status, whose ErrorInfo says outcome "unknown", reason UNKNOWN_OUTCOME and in cause which error ended the
+    link. Only if no batch was taken from it is the outcome "refused".
     """
 
 @_typing.type_check_only
@@ -61,7 +63,9 @@ class MessagesAsyncStub(MessagesStub):
     """Send without an answer; returns when the daemon's runtime has accepted the message. At most once."""
     Link: _aio.StreamStreamMultiCallable[_messages_pb2.Batch, _messages_pb2.Batch]  # type: ignore[assignment]
     """The same for many requests at once: frames in batches, both ways. Replies come in any order, matched by
-    id. A broken link makes every request that was written to it and not answered unknown.
+    id. A broken link makes every request that was written to it and not answered unknown; so does an error
+    status, whose ErrorInfo says outcome "unknown", reason UNKNOWN_OUTCOME and in cause which error ended the
+    link. Only if no batch was taken from it is the outcome "refused".
     """
 
 class MessagesServicer(metaclass=_abc_1.ABCMeta):
@@ -94,7 +98,9 @@ class MessagesServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_messages_pb2.Batch], _abc.AsyncIterator[_messages_pb2.Batch]]:
         """The same for many requests at once: frames in batches, both ways. Replies come in any order, matched by
-        id. A broken link makes every request that was written to it and not answered unknown.
+        id. A broken link makes every request that was written to it and not answered unknown; so does an error
+        status, whose ErrorInfo says outcome "unknown", reason UNKNOWN_OUTCOME and in cause which error ended the
+        link. Only if no batch was taken from it is the outcome "refused".
         """
 
 def add_MessagesServicer_to_server(servicer: MessagesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

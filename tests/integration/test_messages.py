@@ -321,6 +321,27 @@ async def test_garbage_ends_its_own_stream_only() -> None:
             assert await client.call("echo", "echo", 1) == 1
 
 
+async def test_garbage_after_requests_does_not_call_them_refused() -> None:
+    """One of them is being executed: a caller who reads "refused" would repeat it."""
+    async with a_herd() as herd:
+        alpha = await herd.agent("alpha")
+        keeps = Keeps()
+        await herd.serve("mute", alpha, keeps)
+        async with grpc.aio.insecure_channel(alpha.address) as channel:
+            stream: Stream = channel.stream_stream(METHOD)()
+            frame = pb.Frame(id=1, kind=pb.KIND_CALL, to="mute")
+            await stream.write(pb.Batch(frames=[frame]).SerializeToString())
+            await until(lambda: len(keeps.requests) == 1)
+            await stream.write(b"\xff\xffgarbage")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()
+        assert caught.value.code() is grpc.StatusCode.UNKNOWN
+        error = wire.error_of_rpc(caught.value)
+        assert isinstance(error, UnknownOutcome)
+        assert error.details["cause"] == "INVALID"
+        assert "not a pgherd.v1.Batch" in error.message
+
+
 @pytest.mark.parametrize("kind", [pb.KIND_UNSPECIFIED, pb.KIND_REPLY, pb.KIND_SYSTEM, 77])
 async def test_frame_that_is_no_request_is_refused_and_the_link_goes_on(kind: int) -> None:
     async with a_herd() as herd:

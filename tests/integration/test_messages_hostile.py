@@ -14,7 +14,7 @@ import pytest
 from registry import wire
 from registry.client import Client
 from registry.config import ListenConfig
-from registry.errors import Denied, HerdError, Overloaded, Unreachable
+from registry.errors import Denied, HerdError, Overloaded, UnknownOutcome, Unreachable
 from registry.link import CONNECT_TIMEOUT
 from registry.server import messages
 from registry.v1 import messages_pb2 as pb
@@ -50,10 +50,11 @@ async def test_client_that_does_not_read_is_cut_off_and_others_are_served() -> N
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await asyncio.wait_for(read(), 10)
             await asyncio.gather(flooding, return_exceptions=True)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.code() is grpc.StatusCode.UNKNOWN
         error = wire.error_of_rpc(caught.value)
-        assert isinstance(error, Overloaded)
+        assert isinstance(error, UnknownOutcome)
         assert "not being read" in error.message
+        assert error.details["cause"] == "OVERLOADED"
 
 
 async def test_link_with_too_many_unanswered_requests_is_refused_more(
