@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from registry.claiming import single
-from registry.errors import StoreUnavailable
+from registry.errors import Invalid, StoreUnavailable
 from registry.ownership import SPECS
 from registry.records import Codec, Malformed
 from registry.store import Delete, Get, KeyValue, Put, Revision, Store, unchanged
 
+SPECS_PER_TXN = 60
+"""As many specs are written at once; etcd takes 128 operations (its ``--max-txn-ops``)."""
+LARGEST_SPEC = 1536 * 1024 - 4096
+"""Bytes of a spec as it is kept: etcd takes requests of 1.5 MiB (its ``--max-request-bytes``)."""
+_BYTES_PER_TXN = 1_000_000
 _ATTEMPTS = 16
 
 
@@ -51,6 +56,15 @@ def encode_spec(record: SpecRecord) -> bytes:
 def decode_spec(name: str, kv: KeyValue) -> SpecRecord:
     """Read a spec key.  Raises Malformed."""
     return _CODEC.decode(kv.value, name=name, mod_revision=kv.mod_revision)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What somebody wants to be the spec of ``name``."""
+
+    name: str
+    toml: str
+    digest: str
 
 
 class What(enum.StrEnum):
@@ -105,9 +119,25 @@ class Specs:
         self._wall = wall
 
     async def apply(self, name: str, toml: str, digest: str, who: str, *, timeout: float = 5.0) -> SpecResult:
-        """Make this the spec of ``name``: CREATED, CHANGED or UNCHANGED.  Raises StoreError."""
-        wish = self._wish(name, toml, digest, who)
-        return await self._change(name, lambda before: applied(before, wish), timeout)
+        """Make this the spec of ``name``: CREATED, CHANGED or UNCHANGED.  Raises StoreError, Invalid."""
+        (result,) = await self.apply_many((Wanted(name, toml, digest),), who, timeout=timeout)
+        return result
+
+    async def apply_many(
+        self, wanted: Sequence[Wanted], who: str, *, timeout: float = 5.0
+    ) -> list[SpecResult]:
+        """Make these the specs of their names, each named once; results are in the same order.
+
+        Up to :data:`SPECS_PER_TXN` specs of together one megabyte are written in one transaction: all or none
+        of them.  More are written in several, one after the other; when a later one fails, the earlier ones
+        have happened, and applying all again does the rest.  Raises StoreError, and Invalid, before anything
+        is written, for a spec that is too large for etcd.
+        """
+        wishes = {each.name: self._wish(each.name, each.toml, each.digest, who) for each in wanted}
+        results: list[SpecResult] = []
+        for names in list(_batches({name: len(encode_spec(wish)) for name, wish in wishes.items()})):
+            results += await self._change_together({name: _applying(wishes[name]) for name in names}, timeout)
+        return results
 
     async def offer(self, name: str, toml: str, digest: str, who: str, *, timeout: float = 5.0) -> SpecResult:
         """Create the spec unless there is one: CREATED, UNCHANGED, or CONFLICT with one that differs.
@@ -154,23 +184,65 @@ class Specs:
         )
 
     async def _change(self, name: str, decide: Decision, timeout: float) -> SpecResult:
-        key = self._prefix + name
-        kv = await self._store.get(key, timeout=timeout)
+        (result,) = await self._change_together({name: decide}, timeout)
+        return result
+
+    async def _change_together(self, decisions: Mapping[str, Decision], timeout: float) -> list[SpecResult]:
+        """Decide about several specs as they were at one moment, and write what changes, all or nothing."""
+        keys = [self._prefix + name for name in decisions]
+        reads = [Get(key) for key in keys]
+        seen = await self._store.txn((), reads, timeout=timeout)
         for _ in range(_ATTEMPTS):
-            before = _read(name, kv)
-            what, after = decide(before)
-            if after is None or after is before:
-                return SpecResult(name, what, after)
-            result = await self._store.txn(
-                (unchanged(key, kv.mod_revision if kv else 0),),
-                (Put(key, encode_spec(after)),),
-                (Get(key),),
-                timeout=timeout,
+            kvs = [single(seen.kvs(index)) for index in range(len(keys))]
+            results, puts = [], []
+            for (name, decide), key, kv in zip(decisions.items(), keys, kvs, strict=True):
+                before = _read(name, kv)
+                what, after = decide(before)
+                results.append(SpecResult(name, what, after))
+                if after is not None and after is not before:
+                    puts.append(Put(key, encode_spec(after)))
+            if not puts:
+                return results
+            compare = [
+                unchanged(key, kv.mod_revision if kv else 0) for key, kv in zip(keys, kvs, strict=True)
+            ]
+            seen = await self._store.txn(compare, puts, reads, timeout=timeout)
+            if seen.succeeded:
+                written = {put.key for put in puts}
+                return [
+                    _written(result, seen.revision) if key in written else result
+                    for key, result in zip(keys, results, strict=True)
+                ]
+        raise _too_contended(", ".join(decisions))
+
+
+def _applying(wish: SpecRecord) -> Decision:
+    return lambda before: applied(before, wish)
+
+
+def _written(result: SpecResult, revision: Revision) -> SpecResult:
+    spec = result.spec
+    return result if spec is None else replace(result, spec=replace(spec, mod_revision=revision))
+
+
+def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Group names, in their order, for one transaction each.  Raises Invalid for one that fits into none."""
+    batch: list[str] = []
+    together = 0
+    for name, size in sizes.items():
+        if size > LARGEST_SPEC:
+            raise Invalid(
+                f"{name}: its spec is {size / (1 << 20):.2f} MiB, and etcd takes 1.5 MiB at most",
+                hint="keep large data in a file or a table, and name that in the spec",
+                details={"name": name, "size": str(size), "limit": str(LARGEST_SPEC)},
             )
-            if result.succeeded:
-                return SpecResult(name, what, replace(after, mod_revision=result.revision))
-            kv = single(result.kvs(0))
-        raise _too_contended(name)
+        if batch and (len(batch) == SPECS_PER_TXN or together + size > _BYTES_PER_TXN):
+            yield batch
+            batch, together = [], 0
+        batch.append(name)
+        together += size
+    if batch:
+        yield batch
 
 
 def _read(name: str, kv: KeyValue | None) -> SpecRecord | None:
@@ -180,5 +252,5 @@ def _read(name: str, kv: KeyValue | None) -> SpecRecord | None:
         return None
 
 
-def _too_contended(name: str) -> StoreUnavailable:
-    return StoreUnavailable(f"the spec of {name} changed {_ATTEMPTS} times while it was being written")
+def _too_contended(names: str) -> StoreUnavailable:
+    return StoreUnavailable(f"the spec of {names} changed {_ATTEMPTS} times while it was being written")

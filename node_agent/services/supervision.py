@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
 
 from node_agent.services.remote import FORWARD_TIMEOUT, RELAYED, Remote, relayed
-from node_agent.spec.child import parse, stop_fits, to_toml
+from node_agent.spec.child import ChildSpec, parse, stop_fits, to_toml
 from node_agent.view import View
 from node_agent.warden_link import WardenLink
 from registry import events, wire
 from registry.config import ConfigInvalid
 from registry.errors import HerdError, Invalid, NoOwner, NoSuchName, Unreachable
 from registry.names import did_you_mean, validate
-from registry.specs import Desired, SpecResult, Specs, What
+from registry.specs import Desired, SpecResult, Specs, Wanted, What
 from registry.v1 import supervision_pb2, supervision_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -66,30 +66,42 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
                 f"{source}: child {unnamed[0]} has no `name`: only named children are cluster-wide",
                 hint="give it a name, or put the file into children.d of a host",
             )
-        response = supervision_pb2.ApplyResponse()
-        for spec in specs:
-            result = await self._specs.apply(spec.name, to_toml(spec), spec.digest, who)
-            warning = stop_fits(spec, self._view.config.timing)
-            what = f"{result.what.value} ({warning})" if warning else result.what.value
-            response.applied.add(name=spec.name, what=what)
+        wanted = [Wanted(spec.name, to_toml(spec), spec.digest) for spec in specs]
+        results = await self._specs.apply_many(wanted, who)
+        for result in results:
             if result.what is not What.UNCHANGED:
-                self._emit(events.SpecChanged(name=spec.name, what=result.what.value, who=who))
-                await self._read_back(result)
+                self._emit(events.SpecChanged(name=result.name, what=result.what.value, who=who))
+        await self._read_back(results)
+        response = supervision_pb2.ApplyResponse()
+        for spec, result in zip(specs, results, strict=True):
+            warnings = "; ".join(self._warnings(spec))
+            what = f"{result.what.value} ({warnings})" if warnings else result.what.value
+            response.applied.add(name=spec.name, what=what)
         return response
 
-    async def _read_back(self, result: SpecResult) -> None:
+    def _warnings(self, spec: ChildSpec) -> Iterator[str]:
+        """Yield what keeps a valid spec from being all that its author may expect."""
+        if warning := stop_fits(spec, self._view.config.timing):
+            yield warning
+        config = self._view.config
+        for database in sorted(spec.constraints.databases - config.databases.keys()):
+            yield f"host {config.host} has no [database.{database}], so it will not run there"
+
+    async def _read_back(self, results: Iterable[SpecResult]) -> None:
         """Wait a moment until this agent knows what it has written: `apply` is often followed by `wait`."""
-        directory, written = self._view.directory, result.spec
+        directory = self._view.directory
         changed = asyncio.Event()
+
+        def unknown(result: SpecResult) -> bool:
+            known, written = directory.specs.get(result.name), result.spec
+            return written is not None and (known is None or known.mod_revision < written.mod_revision)
+
         unsubscribe = directory.subscribe(lambda change: changed.set())
         try:
             # When that takes longer, the copy is behind and says so itself.
             with suppress(TimeoutError):
                 async with asyncio.timeout(READ_BACK):
-                    while written is not None and (
-                        (known := directory.specs.get(result.name)) is None
-                        or known.mod_revision < written.mod_revision
-                    ):
+                    while results := [result for result in results if unknown(result)]:
                         await changed.wait()
                         changed.clear()
         finally:
@@ -104,7 +116,10 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
         if result.what is What.ABSENT:
             raise self._undeclared(name)
         self._emit(events.SpecChanged(name=name, what="deleted", who=who))
-        return supervision_pb2.Done(what=f"{name}: spec deleted, its worker is being stopped")
+        view = self._view
+        runs = name in view.supervisor.children or view.directory.lookup(name) is not None
+        stopping = ", its worker is being stopped" if runs else ""
+        return supervision_pb2.Done(what=f"{name}: spec deleted{stopping}")
 
     async def Start(self, request: supervision_pb2.NameRequest, context: Context) -> supervision_pb2.Done:
         return await self._wish(request, context, Desired.RUNNING)
@@ -122,7 +137,7 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
         if result.what is What.UNCHANGED:
             return supervision_pb2.Done(what=f"{name}: should be {desired.value} already")
         self._emit(events.SpecChanged(name=name, what=f"desired {desired.value}", who=who))
-        await self._read_back(result)
+        await self._read_back((result,))
         return supervision_pb2.Done(what=f"{name}: should be {desired.value} now")
 
     def _undeclared(self, name: str) -> HerdError:
@@ -173,9 +188,7 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
             return response
         asked = [(host, c) for host, c in self._remote.others() if request.host in ("", host)]
         if request.host and not asked:
-            hosts = self._view.directory.hosts
-            hint = did_you_mean(request.host, hosts) or "pgherd nodes"
-            raise Unreachable(f"host {request.host} is not up", hint=hint)
+            raise self._not_up(request.host)
         answers = await asyncio.gather(*(self._children_of(host, channel) for host, channel in asked))
         for (host, _), children in zip(asked, answers, strict=True):
             if children is None:
@@ -183,6 +196,14 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
             else:
                 response.children.extend(children)
         return response
+
+    def _not_up(self, host: str) -> HerdError:
+        directory = self._view.directory
+        alive = {record.host for record in directory.nodes.values()}
+        if host in directory.hosts or host in alive or not directory.in_sync:
+            return Unreachable(f"host {host} is not up", hint="pgherd nodes")
+        hint = did_you_mean(host, {*directory.hosts, *alive}) or "`pgherd nodes` lists all hosts"
+        return NoSuchName(f"there is no host {host}", hint=hint, details={"name": host})
 
     @staticmethod
     async def _children_of(

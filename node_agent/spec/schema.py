@@ -188,6 +188,9 @@ def read(text: str, source: str, databases: Collection[str] | None) -> Reading:
         document = toml_source.read(text, source)
     except toml_source.ConfigInvalid as error:
         return Reading(problems=list(error.problems))
+    if document.data.keys() & {"cluster", "etcd"} and not document.data.keys() & {"child", "defaults"}:
+        why = "is the configuration of an agent, not a file of specs"
+        return Reading(problems=[document.problem((), why, "specs stand under lines [[child]]")])
     _, problems = check(FileTable, document.data, document)
     defaults, found = _defaults(document)
     problems += found

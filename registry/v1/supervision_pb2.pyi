@@ -83,7 +83,7 @@ class Applied(_message.Message):
     name: _builtins.str
     """The global name."""
     what: _builtins.str
-    """"created", "changed" or "unchanged"."""
+    """"created", "changed" or "unchanged", and in parentheses what may surprise its author."""
     def __init__(
         self,
         *,

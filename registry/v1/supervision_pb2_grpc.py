@@ -82,7 +82,10 @@ class SupervisionServicer:
     """
 
     def Apply(self, request, context):
-        """Validate a file of specs whole, then write them; an error names every problem and changes nothing.
+        """Validate a file of specs whole, then write them; a file that is not valid changes nothing, and the error
+        names every problem.  Up to 60 specs of together 1 MB are written at once, all or none of them.  More are
+        written in several steps: after an error some of them may be written, and applying the file again writes
+        the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,11 @@ class SupervisionStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SupervisionAsyncStub: ...
     Apply: _grpc.UnaryUnaryMultiCallable[_supervision_pb2.ApplyRequest, _supervision_pb2.ApplyResponse]
-    """Validate a file of specs whole, then write them; an error names every problem and changes nothing."""
+    """Validate a file of specs whole, then write them; a file that is not valid changes nothing, and the error
+    names every problem.  Up to 60 specs of together 1 MB are written at once, all or none of them.  More are
+    written in several steps: after an error some of them may be written, and applying the file again writes
+    the others.
+    """
     Delete: _grpc.UnaryUnaryMultiCallable[_supervision_pb2.NameRequest, _supervision_pb2.Done]
     """Remove a spec; its worker is stopped."""
     Specs: _grpc.UnaryUnaryMultiCallable[_supervision_pb2.SpecsRequest, _supervision_pb2.SpecsResponse]
@@ -56,7 +60,11 @@ class SupervisionAsyncStub(SupervisionStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Apply: _aio.UnaryUnaryMultiCallable[_supervision_pb2.ApplyRequest, _supervision_pb2.ApplyResponse]  # type: ignore[assignment]
-    """Validate a file of specs whole, then write them; an error names every problem and changes nothing."""
+    """Validate a file of specs whole, then write them; a file that is not valid changes nothing, and the error
+    names every problem.  Up to 60 specs of together 1 MB are written at once, all or none of them.  More are
+    written in several steps: after an error some of them may be written, and applying the file again writes
+    the others.
+    """
     Delete: _aio.UnaryUnaryMultiCallable[_supervision_pb2.NameRequest, _supervision_pb2.Done]  # type: ignore[assignment]
     """Remove a spec; its worker is stopped."""
     Specs: _aio.UnaryUnaryMultiCallable[_supervision_pb2.SpecsRequest, _supervision_pb2.SpecsResponse]  # type: ignore[assignment]
@@ -81,7 +89,11 @@ class SupervisionServicer(metaclass=_abc_1.ABCMeta):
         request: _supervision_pb2.ApplyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_supervision_pb2.ApplyResponse, _abc.Awaitable[_supervision_pb2.ApplyResponse]]:
-        """Validate a file of specs whole, then write them; an error names every problem and changes nothing."""
+        """Validate a file of specs whole, then write them; a file that is not valid changes nothing, and the error
+        names every problem.  Up to 60 specs of together 1 MB are written at once, all or none of them.  More are
+        written in several steps: after an error some of them may be written, and applying the file again writes
+        the others.
+        """
 
     @_abc_1.abstractmethod
     def Delete(

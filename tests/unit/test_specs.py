@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from registry.errors import StoreAmbiguous
+from registry import specs as module
+from registry.errors import Invalid, StoreAmbiguous
 from registry.ownership import cluster_prefix
 from registry.records import Malformed
-from registry.specs import Desired, SpecRecord, Specs, What, decode_spec, encode_spec
-from registry.store import KeyValue
+from registry.specs import SPECS_PER_TXN, Desired, SpecRecord, Specs, Wanted, What, decode_spec, encode_spec
+from registry.store import Compare, KeyValue, Op, TxnResult
 from tests.support.memory_store import LostReply, MemoryStore
 
 PREFIX = cluster_prefix("test")
@@ -90,19 +93,79 @@ async def test_an_apply_that_was_overtaken_looks_again(
     stopped = encode_spec(
         SpecRecord(name="sweeper", toml="t", desired=Desired.STOPPED, who="bob", at=1.0, digest="d0")
     )
-    plain = store.get
+    plain = store.txn
 
-    async def overtaken(key: str, *, timeout: float = 5.0) -> KeyValue | None:
-        seen = await plain(key, timeout=timeout)
+    async def overtaken(
+        compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = (), *, timeout: float = 5.0
+    ) -> TxnResult:
+        seen = await plain(compare, then, otherwise, timeout=timeout)
         monkeypatch.undo()
         store.put(KEY, stopped)
         return seen
 
-    monkeypatch.setattr(store, "get", overtaken)
+    monkeypatch.setattr(store, "txn", overtaken)
     result = await specs.apply("sweeper", "toml 1", "d1", "ana")
     assert result.what is What.CHANGED
     assert result.spec is not None
     assert result.spec.desired is Desired.STOPPED
+
+
+def wanted(count: int, *, size: int = 10) -> list[Wanted]:
+    return [Wanted(f"w{number}", "#" * size, "d1") for number in range(count)]
+
+
+async def test_the_specs_of_a_file_appear_at_one_moment(specs: Specs, store: MemoryStore) -> None:
+    await specs.apply("w1", "toml 1", "d1", "ana")
+    await specs.set_desired("w2", Desired.STOPPED, "ana")
+    results = await specs.apply_many(wanted(SPECS_PER_TXN), "bob")
+    assert [result.name for result in results] == [each.name for each in wanted(SPECS_PER_TXN)]
+    assert [result.what for result in results] == [
+        What.UNCHANGED if result.name == "w1" else What.CREATED for result in results
+    ]
+    revisions = {result.spec.mod_revision for result in results if result.spec and result.name != "w1"}
+    assert revisions == {store.revision}
+
+
+async def test_a_file_whose_specs_somebody_else_changes_meanwhile_is_decided_again_as_a_whole(
+    specs: Specs, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = store.txn
+
+    async def overtaken(
+        compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = (), *, timeout: float = 5.0
+    ) -> TxnResult:
+        seen = await plain(compare, then, otherwise, timeout=timeout)
+        monkeypatch.undo()
+        await specs.apply("w1", "toml 2", "d2", "bob")
+        return seen
+
+    monkeypatch.setattr(store, "txn", overtaken)
+    results = await specs.apply_many(wanted(3), "ana")
+    assert [result.what for result in results] == [What.CREATED, What.CHANGED, What.CREATED]
+    assert {result.spec.mod_revision for result in results if result.spec} == {store.revision}
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "transactions"),
+    [(SPECS_PER_TXN, 10, 1), (SPECS_PER_TXN + 1, 10, 2), (4, 300_000, 2), (2, 1_200_000, 2)],
+)
+async def test_more_than_one_transaction_can_hold_takes_several(
+    specs: Specs, store: MemoryStore, count: int, size: int, transactions: int
+) -> None:
+    before = store.revision
+    results = await specs.apply_many(wanted(count, size=size), "ana")
+    assert len(results) == count
+    assert store.revision == before + transactions
+
+
+async def test_a_spec_too_large_for_etcd_is_named_and_nothing_is_written(
+    specs: Specs, store: MemoryStore
+) -> None:
+    before = store.revision
+    huge = Wanted("huge", "#" * module.LARGEST_SPEC, "d1")
+    with pytest.raises(Invalid, match=r"huge: its spec is 1\.50 MiB, and etcd takes 1\.5 MiB"):
+        await specs.apply_many([*wanted(2), huge], "ana")
+    assert store.revision == before
 
 
 @pytest.mark.parametrize("fate", list(LostReply))
