@@ -77,13 +77,13 @@ def check_files(paths: Sequence[Path]) -> list[Checked]:
     """Check files, configurations first; a directory stands for the ``*.toml`` in it."""
     contents: dict[Path, str] = {}
     checked = []
-    for path in paths:
+    for file in (
+        file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])
+    ):
         try:
-            contents |= {
-                file: read_text(file) for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])
-            }
+            contents[file] = read_text(file)
         except ConfigInvalid as error:
-            checked.append(Checked(file=path, problems=error.problems))
+            checked.append(Checked(file=file, problems=error.problems))
     specs = {file: text for file, text in contents.items() if _declares_children(text, str(file))}
     configs = [_check_config(text, file) for file, text in contents.items() if file not in specs]
     return _refuse_duplicates([*checked, *configs, *_check_specs(specs, configs)])

@@ -71,6 +71,21 @@ def test_every_problem_of_every_file_is_printed(check: Check, tmp_path: Path) ->
     )
 
 
+def test_a_file_that_is_not_text_does_not_hide_the_problems_of_its_neighbours(
+    check: Check, tmp_path: Path
+) -> None:
+    (tmp_path / "a.toml").write_text(SPEC.format("ticker").replace("fence", "fense"))
+    (tmp_path / "b.toml").write_bytes(b"schema = 1\n# \xff\n")
+    (tmp_path / "c.toml").write_text(SPEC.format("tocker"))
+    code, out = check(tmp_path)
+    assert code == 2
+    assert out == (
+        f"{tmp_path}/b.toml:2: is not UTF-8\n"
+        f'{tmp_path}/a.toml:5: child[ticker].fense: unknown key (did you mean "fence"?)\n'
+        f"{tmp_path}/c.toml: ok, 1 child: tocker\n"
+    )
+
+
 def test_specs_are_checked_against_the_databases_and_the_lease_of_the_agent(
     check: Check, tmp_path: Path
 ) -> None:
