@@ -2,8 +2,8 @@
 
 Nothing is relabelled: a worker is taken over only with the spec, at the epoch and under the lease it was
 started with, and a named one serves only after etcd has confirmed its owner key.  A node-local one of another
-spec is taken over to be stopped, and started anew when nothing of it is left.  Everything else is killed
-before this agent takes any name.
+spec is taken over to be stopped, and started anew when nothing of it is left.  Everything else that still
+runs is killed before this agent takes any name.
 """
 
 from __future__ import annotations
@@ -54,6 +54,13 @@ class Kill:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Nothing of this worker is left, and nobody has to decide about its end."""
+
+    row: WorkerRow
+
+
 def remembered_session(
     remembered: Mapping[str, Any], leases: Mapping[LeaseId, Boottime], now: Boottime
 ) -> FormerSession | None:
@@ -91,9 +98,13 @@ def plan(
     remembered: Mapping[str, Any],
     former: FormerSession | None,
     local_specs: Mapping[str, ChildSpec],
-) -> list[Adopt | Kill]:
+) -> list[Adopt | Kill | Leave]:
     """Decide about every worker of the warden's table."""
-    return [_decide(row, remembered.get(child_key(row.child)), former, local_specs) for row in rows]
+    verdicts = [_decide(row, remembered.get(child_key(row.child)), former, local_specs) for row in rows]
+    return [
+        Leave(verdict.row) if isinstance(verdict, Kill) and verdict.row.state == "gone" else verdict
+        for verdict in verdicts
+    ]
 
 
 def _decide(

@@ -129,6 +129,7 @@ class Agent:
         self._config, self._link = config, link
         self.log = self._emit = events.EventLog()
         self._own = read_children(config.children_dir, config.databases)
+        self._ended_before: list[str] = []
         prefix = cluster_prefix(config.cluster)
         conninfos = {name: database.conninfo for name, database in config.databases.items()}
         self._host = ChildHost(
@@ -196,6 +197,7 @@ class Agent:
             self._directory,
             SYSTEM_CLOCK,
             self._emit,
+            host=config.host,
             node=lambda: self._membership.node,
             connect=self._connect,
         )
@@ -259,6 +261,7 @@ class Agent:
                     ("supervisor", self._supervisor.run()),
                     ("directory", self._directory.run()),
                     ("peers", self._peers.run()),
+                    ("undeclared", self._drop_undeclared()),
                 )
             ]
             membership = tasks.create_task(self._membership.run(former), name="membership")
@@ -290,7 +293,18 @@ class Agent:
                 case adoption.Kill(row, why):
                     self._emit(events.WorkerNotAdopted(name=row.child, pid=row.pid, why=why))
                     self._supervisor.bury(row)
+                case adoption.Leave(row):
+                    self._ended_before.append(row.child)
         return former
+
+    async def _drop_undeclared(self) -> None:
+        """Have the warden forget what ended under a former agent and is not declared any more."""
+        await self._directory.synced()
+        for key in self._ended_before:
+            if key not in self._directory.specs and not self._supervisor.runs(key):
+                self._link.remember(adoption.child_key(key), None)
+                self._link.drop(key)
+                self._host.forget(key)
 
     def _run_own_children(self) -> None:
         for spec in self._own.specs:

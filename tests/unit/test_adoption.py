@@ -9,6 +9,7 @@ from node_agent.adoption import (
     Adopt,
     FormerSession,
     Kill,
+    Leave,
     child_key,
     plan,
     remembered_session,
@@ -16,7 +17,7 @@ from node_agent.adoption import (
 )
 from node_agent.restarts import RestartWindow
 from node_agent.spec.child import ChildSpec, parse, to_toml
-from node_agent.warden.protocol import WorkerRow
+from node_agent.warden.protocol import WorkerRow, WorkerState
 from registry.config import Timing
 
 NAMED = 'schema = 1\n[[child]]\nid = "s"\nname = "sweeper"\nrun.command = ["sleep", "9"]\n'
@@ -29,7 +30,9 @@ def spec(text: str) -> ChildSpec:
     return only
 
 
-def row(child: str, *, lease: int, name: str = "", epoch: int = 0) -> WorkerRow:
+def row(
+    child: str, *, lease: int, name: str = "", epoch: int = 0, state: WorkerState = "running"
+) -> WorkerRow:
     return WorkerRow(
         worker="w",
         child=child,
@@ -38,7 +41,7 @@ def row(child: str, *, lease: int, name: str = "", epoch: int = 0) -> WorkerRow:
         epoch=epoch,
         start=3,
         pid=10,
-        state="running",
+        state=state,
         since=1.0,
     )
 
@@ -89,6 +92,16 @@ def test_a_local_worker_nobody_left_a_note_about_is_replaced() -> None:
     (verdict,) = plan([row("x", lease=0)], {}, None, {"x": spec(LOCAL)})
     assert isinstance(verdict, Adopt)
     assert verdict.replace
+
+
+def test_what_ended_before_is_neither_killed_nor_adopted_unless_its_end_is_to_be_decided_about() -> None:
+    gone = row("sweeper", lease=77, name="sweeper", epoch=5, state="gone")
+    local = row("x", lease=0, state="gone")
+    assert plan([gone, local], {}, FORMER, {}) == [Leave(gone), Leave(local)]
+    notes = {child_key("sweeper"): note(spec(NAMED))}
+    assert plan([gone], notes, None, {}) == [Leave(gone)]
+    (verdict,) = plan([gone], notes, FORMER, {})
+    assert isinstance(verdict, Adopt)
 
 
 def test_a_session_is_adopted_only_before_its_soft_deadline() -> None:
