@@ -200,15 +200,20 @@ class Membership:
     async def _live(self, session: Session, holdings: Holdings) -> str:
         """Do everything a member does until the session is lost; return why it was."""
         work = asyncio.create_task(self._work(session, holdings), name="member")
-        either: set[asyncio.Future[Any]] = {work, session.lost}
+        # The session may not notice by itself: its own connection has seen fewer revisions.
+        restored = asyncio.create_task(self._directory.restored(), name="restored")
+        either: set[asyncio.Future[Any]] = {work, session.lost, restored}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if restored.done():
+                raise Restored(restored.result())
             if work.done():
                 work.result()
             return await asyncio.shield(session.lost)
         finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            for task in (work, restored):
+                task.cancel()
+            await asyncio.gather(work, restored, return_exceptions=True)
 
     async def _work(self, session: Session, holdings: Holdings) -> None:
         await self._persist(lambda: holdings.confirm_adopted(session.trusted))

@@ -14,7 +14,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 from registry.clock import Boottime, Clock
-from registry.errors import StoreError
+from registry.errors import StoreError, StoreRestored
 from registry.events import (
     DirectoryLost,
     DirectorySynced,
@@ -89,6 +89,8 @@ class Directory:
         self._last_sign: Boottime = clock.now()
         self._first_sign: Boottime | None = None
         self._synced = asyncio.Event()
+        self._restored = asyncio.Event()
+        self._why_restored = ""
         self._subscribers: list[Callable[[Change], None]] = []
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         self._trace: set[tuple[int, Revision]] | None = None
@@ -99,6 +101,11 @@ class Directory:
     def in_sync(self) -> bool:
         """Whether the copy is as new as etcd's last sign of life, which is less than 3 s old."""
         return self._lost is None
+
+    async def restored(self) -> str:
+        """Return why, when etcd has gone back in time: this copy will never be in sync again."""
+        await self._restored.wait()
+        return self._why_restored
 
     @property
     def stale_since(self) -> str:
@@ -177,7 +184,7 @@ class Directory:
         try:
             snapshot = await self._store.snapshot(self._prefix)
         except StoreError as error:
-            raise _StartOver(_text(error)) from error
+            raise self._broken_by(error) from error
         self._sign_of_life()
         await self._apply(self._replica.differences(snapshot))
         self._replica.revision = snapshot.revision
@@ -196,11 +203,17 @@ class Directory:
                 if self._lost is not None and self._caught_up(batch):
                     self._gain()
         except StoreError as error:
-            raise _StartOver(_text(error)) from error
+            raise self._broken_by(error) from error
         finally:
             if (close := getattr(watch, "aclose", None)) is not None:
                 await close()
         raise _StartOver("the watch ended")
+
+    def _broken_by(self, error: StoreError) -> _StartOver:
+        if isinstance(error, StoreRestored):
+            self._why_restored = str(error)
+            self._restored.set()
+        return _StartOver(_text(error))
 
     def _caught_up(self, batch: WatchBatch) -> bool:
         """Whether a watch that was silent shows the present again: it is idle, or has run on for a while."""
