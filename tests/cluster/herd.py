@@ -244,15 +244,15 @@ class Herd:
         methods: Sequence[str] = ("add", "note"),
         vias: Sequence[str] = ("",),
         callers: int = 4,
+        timeout: float = 2.0,
     ) -> AsyncIterator[None]:
         """Call all the time, from several callers; whatever comes of it is for the checker."""
 
         async def one(number: int) -> None:
             rolled = random.Random(number)
             while True:
-                done = await self.call(
-                    rolled.choice(list(names)), rolled.choice(list(methods)), via=rolled.choice(list(vias))
-                )
+                name, method, via = (rolled.choice(list(some)) for some in (names, methods, vias))
+                done = await self.call(name, method, via=via, timeout=timeout)
                 await asyncio.sleep(0.05 if done.outcome == "refused" else 0.01)
 
         tasks = [asyncio.create_task(one(number)) for number in range(callers)]

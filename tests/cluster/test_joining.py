@@ -11,6 +11,7 @@ import pytest
 from registry.client import Client
 from registry.v1 import cluster_pb2, cluster_pb2_grpc
 from tests.cluster.herd import FAILOVER, RESTART, Herd
+from tests.cluster.history import NOBODY
 from tests.support.hosts import TTL, Cluster, Host, eventually, running
 
 pytestmark = pytest.mark.slow
@@ -129,3 +130,18 @@ async def test_a_host_that_stops_alone_leaves_its_names_free_for_its_next_life(h
     await eventually(lambda: not herd.observer.alive(), 1.0, "all ended")
     host.start()
     await herd.answers(name, within=TTL, above=first.token)
+
+
+async def test_workers_of_a_history_that_etcd_has_lost_are_killed(herd: Herd) -> None:
+    """A restored etcd may give their names to others; their epochs may be given a second time, too."""
+    kept, lost = herd.name("kept"), herd.name("lost")
+    (first,) = await herd.up(herd.command(kept, "--deaf"), names=[kept])
+    snapshot = await asyncio.to_thread(herd.cluster.etcd.save)
+    (second,) = await herd.up(herd.command(lost, "--deaf"), names=[lost])
+    before = await herd.hosts["alpha"].ready()
+    herd.cluster.etcd.restore(snapshot)
+    for life in (first, second):
+        await herd.ended(life, TTL)
+    await herd.hosts["alpha"].wait_status(lambda s: s.state == "ready" and s.node != before.node)
+    herd.not_judged = {"P1"}
+    await herd.runs(kept, above=NOBODY, within=FAILOVER)

@@ -23,7 +23,8 @@ async def test_stop_and_start_are_wishes_that_stay(herd: Herd) -> None:
     assert not herd.observer.alive(name)
     (other, *_) = herd.others(host)
     await herd.wish("Start", name, via=other)
-    await herd.answers(name, within=RESTART, above=first.token, via=other)
+    # What is left of the killed host may have claimed it in its last moment.
+    await herd.answers(name, within=FAILOVER, above=first.token, via=other)
 
 
 async def test_a_deleted_spec_leaves_nothing(herd: Herd) -> None:
