@@ -144,12 +144,16 @@ class Asker(Protocol):
 class Link:
     """The asking side of one stream.  ``peer`` names the other side in errors.
 
+    With ``node`` it is an agent's that asks for others: its node id, empty while it is not a member.
+
     Everything happens on one event loop; :meth:`request` is synchronous and needs no task and no timer.
     ``node`` is the other side's node id once it is open, ``heard`` when it last said anything, ``why`` the
     reason it ended.
     """
 
-    def __init__(self, peer: str, channel: grpc.aio.Channel, clock: Clock, *, node: str = "") -> None:
+    def __init__(
+        self, peer: str, channel: grpc.aio.Channel, clock: Clock, *, node: str | None = None
+    ) -> None:
         self.peer = peer
         self.state = State.CONNECTING
         self.node = ""
@@ -157,7 +161,7 @@ class Link:
         self.why = ""
         self.opened = asyncio.Event()
         self._channel = channel
-        self._metadata = ((ROLE, PEER), (NODE, node)) if node else ()
+        self._metadata = ((ROLE, PEER), (NODE, node)) if node is not None else ()
         self._clock = clock
         self._outbox = Outbox()
         self._sent = 0

@@ -14,7 +14,7 @@ import grpc
 
 from registry.clock import Boottime, Clock
 from registry.directory import Change, Directory
-from registry.errors import HerdError, Unreachable
+from registry.errors import HerdError, Unreachable, WrongEpoch
 from registry.events import Event, LinkDropped
 from registry.link import Asker, Link
 from registry.v1 import messages_pb2 as pb
@@ -41,10 +41,11 @@ class _Peer:
 
 
 class Peers:
-    """Links to the agents of other nodes.
+    """Links to the agents of other hosts than ``host``, whose former nodes may still be in the directory.
 
-    ``node()`` is our own id, ``connect(address)`` makes a channel (:mod:`registry.security`).  Links are
-    carried by :meth:`run`; before and after it every request is taken back.
+    ``node()`` is our own id, empty while we are no member, ``connect(address)`` makes a channel
+    (:mod:`registry.security`).  Links are carried by :meth:`run`; before and after it every request is taken
+    back.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Peers:
         clock: Clock,
         emit: Callable[[Event], None],
         *,
+        host: str,
         node: Callable[[], str],
         connect: Callable[[str], grpc.aio.Channel],
     ) -> None:
         self._directory = directory
         self._clock = clock
         self._emit = emit
+        self._host = host
         self._node = node
         self._connect = connect
         self._peers: dict[str, _Peer] = {}
@@ -90,8 +93,7 @@ class Peers:
             asker.taken_back(error)
             return
         if peer is None or not self._running:
-            why = "it is this agent itself" if node == self._node() else "it has left, or we are leaving"
-            asker.taken_back(Unreachable(f"node {node}: {why}", details={"node": node}))
+            asker.taken_back(self._no_peer(node, frame.to))
             return
         link, now = peer.link, self._clock.now()
         if link is None:
@@ -122,7 +124,7 @@ class Peers:
 
     def _meet(self, node: str) -> _Peer | None:
         record = self._directory.nodes.get(node)
-        if record is None or node == self._node():
+        if record is None or record.host == self._host:
             return None
         try:
             channel = self._connect(record.address)
@@ -130,6 +132,12 @@ class Peers:
             raise Unreachable(f"node {node} at {record.address}: {error}", details={"node": node}) from error
         peer = self._peers[node] = _Peer(node, record.address, channel)
         return peer
+
+    def _no_peer(self, node: str, name: str) -> HerdError:
+        record = self._directory.nodes.get(node)
+        if record is not None and record.host == self._host:
+            return WrongEpoch(f"{name} is not on this host", details={"name": name, "node": node})
+        return Unreachable(f"node {node}: it has left, or we are leaving", details={"node": node})
 
     def _open(self, peer: _Peer) -> Link:
         peer.link = Link(f"{peer.node} at {peer.address}", peer.channel, self._clock, node=self._node())

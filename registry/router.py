@@ -101,6 +101,12 @@ class _Request:
         self.route.unanswered -= 1
         self.router._refused(self, wire.error_reply(self.frame, why))
 
+    @property
+    def learns_nothing(self) -> bool:
+        """Whether its caller is not to hear the verdict: WRONG_EPOCH is for those who named one."""
+        verdict = self.verdict
+        return verdict is None or (verdict.error.reason == pb.REASON_WRONG_EPOCH and not self.frame.epoch)
+
     def _may_be_tried_again(self, error: pb.Error) -> bool:
         return error.reason in _RETRIED and error.outcome == pb.OUTCOME_REFUSED and not self.frame.epoch
 
@@ -179,7 +185,7 @@ class Router:
     def _pass_on(self, request: _Request) -> None:
         if request.verdict is not None and request.deadline - self._clock.now() < LAST_TRY:
             # Another try could not be answered in time, and would make "not executed" uncertain.
-            request.reply(request.verdict)
+            self._give_up(request)
             return
         frame = request.frame
         name = frame.to
@@ -242,7 +248,10 @@ class Router:
         name, route = request.frame.to, request.route
         owner = self._directory.lookup(name)
         if owner is None and not self._is_wanted(name):
-            request.reply(verdict)
+            if request.learns_nothing:
+                self._ownerless(request)
+            else:
+                request.reply(verdict)
             return
         self._wait(request, try_at=self._clock.now() + TRY_AGAIN)
         if route is None or route.target == HERE or owner is None:
@@ -277,14 +286,26 @@ class Router:
             del self._waiting[name]
 
     def _give_up(self, request: _Request) -> None:
-        name = request.frame.to
-        none = NoOwner(
+        if request.verdict is None or request.learns_nothing:
+            request.reply(wire.error_reply(request.frame, self._nobody(request.frame.to)))
+        else:
+            request.reply(request.verdict)
+
+    def _nobody(self, name: str) -> NoOwner:
+        owner = self._directory.lookup(name)
+        if owner is not None and not self._directory.in_sync:
+            return NoOwner(
+                f"{owner.host} had {name} and does not run it, and who has it now cannot be asked: this "
+                f"agent's copy of the registry is not in sync {self._directory.stale_since}",
+                hint="without etcd no host may take a name; `pgherd status` shows what etcd is doing",
+                details={"name": name},
+            )
+        return NoOwner(
             f"{name} has no owner that is ready; a request waits for one until its deadline, at most "
             f"{WAITING_SECONDS:g} s and {WAITING_MESSAGES} at once",
             hint=f"`pgherd why {name}` says what it waits for",
             details={"name": name},
         )
-        request.reply(request.verdict or wire.error_reply(request.frame, none))
 
     def _ring(self, now: Boottime) -> Boottime:
         for name, waiting in tuple(self._waiting.items()):

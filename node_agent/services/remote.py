@@ -58,7 +58,7 @@ class Remote:
     def others(self) -> Iterable[tuple[str, grpc.aio.Channel | None]]:
         """Yield every other living host with a channel to its agent."""
         for record in self._view.directory.nodes.values():
-            if record.node != self._view.membership.node and record.host != self._view.config.host:
+            if record.host != self._view.config.host:
                 channel = None
                 with suppress(HerdError):
                     channel = self._peers.channel(record.node)
@@ -66,8 +66,8 @@ class Remote:
 
     async def silent(self) -> frozenset[str]:
         """Return the other nodes whose agents do not answer a question that any agent answers at once."""
-        mine = self._view.membership.node
-        nodes = [node for node in self._view.directory.nodes if node != mine]
+        mine = self._view.config.host
+        nodes = [node for node, record in self._view.directory.nodes.items() if record.host != mine]
         answers = await asyncio.gather(*(self._answers(node) for node in nodes))
         return frozenset(node for node, answered in zip(nodes, answers, strict=True) if not answered)
 

@@ -91,9 +91,10 @@ class Messages:
     async def link(self, _requests: object, context: Context) -> None:
         """Carry one stream until the other side ends it; what it still asks then is answered first."""
         told = dict(context.invocation_metadata() or ())
-        peer = str(told.get(NODE, "")) if told.get(ROLE) == PEER else ""
+        from_peer = told.get(ROLE) == PEER
+        peer = str(told.get(NODE, "")) if from_peer else ""
         await context.send_initial_metadata(((NODE, self._node()),))
-        stream = _Stream(self._router, self._clock, sender(context), from_peer=bool(peer))
+        stream = _Stream(self._router, self._clock, sender(context), from_peer=from_peer)
         heard = partial(self._peers.hear, peer) if peer else None
         failure: HerdError | None = None
         try:
@@ -112,7 +113,7 @@ class Messages:
 
 
 class _Stream:
-    """The answering side of one link.  ``took_requests``: something that came on it may have been passed on."""
+    """The answering side of one link.  ``took_requests``: some of what came on it may have been passed on."""
 
     def __init__(self, router: Router, clock: Clock, sender: str, *, from_peer: bool) -> None:
         self.took_requests = False

@@ -103,7 +103,9 @@ class Agent:
         self.children = Children()
         self.events = EventLog()
         self.directory = Directory(herd.store, PREFIX, SYSTEM_CLOCK, self.events)
-        self.peers = Peers(self.directory, SYSTEM_CLOCK, self.events, node=lambda: self.node, connect=channel)
+        self.peers = Peers(
+            self.directory, SYSTEM_CLOCK, self.events, host=host, node=lambda: self.node, connect=channel
+        )
         self.router = Router(self.directory, self.peers, self.children, SYSTEM_CLOCK)
         self.ready = True
         self.port = 0

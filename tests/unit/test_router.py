@@ -272,6 +272,59 @@ async def test_owner_that_is_this_node_but_not_running_yet_is_waited_for(herd: H
     assert sent.replies[0].json == "1"
 
 
+async def test_former_node_of_this_host_is_not_asked(herd: Herd, agent: Agent) -> None:
+    """The session is lost, the worker stopped, and the directory cannot hear of it."""
+    await herd.serve("sweeper", agent)
+    agent.children.handlers.clear()
+    former, agent.node = agent.node, ""
+    sent = Sent(agent, "sweeper", timeout=0.15)
+    await sent.answered()
+    assert sent.reason == "NO_OWNER"
+    assert agent.peers.channel(former) is None
+
+
+async def test_only_who_names_an_epoch_hears_that_it_is_the_wrong_one(herd: Herd, agent: Agent) -> None:
+    beta = await herd.agent("beta")
+    epoch = await herd.serve("sweeper", beta)
+    beta.children.handlers.clear()
+    any_epoch, this_epoch = Sent(agent, "sweeper", timeout=0.15), Sent(agent, "sweeper", epoch=epoch)
+    await any_epoch.answered()
+    await this_epoch.answered()
+    assert any_epoch.reason == "NO_OWNER"
+    assert this_epoch.reason == "WRONG_EPOCH"
+
+
+async def test_what_an_agent_without_a_session_passes_on_is_not_passed_on_again(
+    herd: Herd, agent: Agent
+) -> None:
+    beta = await herd.agent("beta")
+    await herd.serve("sweeper", beta)
+    beta.children.handlers.clear()
+    agent.node = ""
+    sent = Sent(agent, "sweeper")
+    await until(lambda: agent.router.waiting == 1)
+    assert beta.router.waiting == 0
+    assert not sent.replies
+
+
+@pytest.mark.slow
+async def test_without_etcd_a_name_its_owner_does_not_run_is_refused_with_the_reason(
+    herd: Herd, agent: Agent
+) -> None:
+    beta = await herd.agent("beta")
+    await herd.serve("sweeper", beta)
+    beta.children.handlers.clear()
+    beta.node = ""
+    herd.store.go_away()
+    await until(lambda: not (agent.directory.in_sync or beta.directory.in_sync), 10)
+    for asked in (agent, beta):
+        sent = Sent(asked, "sweeper", timeout=0.3)
+        await sent.answered()
+        assert sent.reason == "NO_OWNER"
+        assert "beta had sweeper" in sent.message
+        assert "not in sync for" in sent.message
+
+
 async def test_closing_refuses_what_waits(herd: Herd, agent: Agent) -> None:
     herd.declare("sweeper")
     await herd.settled()
