@@ -18,6 +18,9 @@ from registry.v1 import messages_pb2
 Body: TypeAlias = "str | bytes"
 """JSON text, or bytes as they are."""
 
+AT_ONCE = 256 * 1024
+"""An answer with a larger body does not wait for others to travel with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -100,6 +103,9 @@ class Answers:
             self._ordinary.id = message.request
             _put_body(self._ordinary, body)
             self._queue([encode(self._ordinary)])
+        if len(body) > AT_ONCE:
+            # Whether there is room for the next one is known only when this one is written.
+            self.flush()
 
     def rejected(self, message: Message, reason: str, details: Mapping[str, str]) -> None:
         """Answer that the handler of ``message`` ran and said no."""

@@ -3,7 +3,8 @@
 Two threads.  The :class:`~node_agent.worker.uplink.Uplink` thread hears the agent: requests go through
 :class:`~node_agent.worker.intake.Intake` into the mailbox, system messages are answered there, whatever a
 handler does. The main thread's event loop runs init, the handlers and terminate.  Before each handler the
-runtime asks whether the request is still wanted and whether this process may still act.
+runtime asks whether the request is still wanted and whether this process may still act; while too many
+answers wait for the agent to read them, no handler is begun.
 
 The life of it (:class:`Phase`):
 
@@ -23,7 +24,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,7 +35,8 @@ from node_agent.restarts import SUPERSEDED_CODE
 from node_agent.warden.protocol import Start
 from node_agent.worker.answers import Answers, Identity
 from node_agent.worker.intake import Intake
-from node_agent.worker.mailbox import Mailbox, Message, Put, Results
+from node_agent.worker.mailbox import Mailbox, Message, Results
+from node_agent.worker.own_timer import OwnTimer
 from node_agent.worker.stalls import Stalls
 from node_agent.worker.uplink import Uplink
 from registry.clock import SYSTEM_CLOCK, Boottime
@@ -67,9 +69,6 @@ BUSY_TICK = 0.05
 
 IDLE_TICK = 1.0
 """Seconds between two looks at a daemon that does nothing."""
-
-POSTPONED = 0.1
-"""Seconds until a timer is tried again that came while the daemon may not act."""
 
 log = logging.getLogger("pgherd.worker")
 
@@ -111,6 +110,7 @@ class Runtime:
         self._behaviour: Server
         self._init: asyncio.Task[None] | None = None
         self._something: asyncio.Future[None] | None = None
+        self._pausing = False
         self._running: Message | None = None
         self._running_since: Boottime | None = None
         self._executor: ThreadPoolExecutor | None = None
@@ -157,6 +157,9 @@ class Runtime:
                 await asyncio.sleep(0)
                 turn_ends = SYSTEM_CLOCK.now() + TURN
                 continue
+            if self._uplink.clogged:
+                await self._until_answers_leave()
+                continue
             message = self._mailbox.take()
             if message is None:
                 # Now, not in the loop's next turn: somebody waits for it.
@@ -172,6 +175,18 @@ class Runtime:
                 self._running = self._running_since = None
             else:
                 self._skip(message, refusal)
+
+    async def _until_answers_leave(self) -> None:
+        """Return when the agent has read, or another one has come: a handler makes one more answer.
+
+        What comes meanwhile fills the mailbox, and a full mailbox refuses.
+        """
+        self._something = self._loop.create_future()
+        self._pausing = True
+        # The uplink's thread wakes us when it finds this set; what it wrote just before, it has not.
+        if self._uplink.clogged:
+            await self._something
+        self._pausing = False
 
     def _skip(self, message: Message, why: HerdError) -> None:
         if message.postpone is not None:
@@ -312,6 +327,8 @@ class Runtime:
     def _tick(self) -> float:
         since, running = self._running_since, self._running
         now = SYSTEM_CLOCK.now()
+        if self._pausing and not self._uplink.clogged:
+            self._loop.call_soon_threadsafe(self._wake)
         if since is not None and running is not None and now - since > BUSY_TICK:
             self._answers.flush()
         self._stalls.look(now, since, f"{self._identity.name}: {running.method if running else 'the daemon'}")
@@ -353,45 +370,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-class OwnTimer:
-    """A message of the daemon to itself; see :class:`node_agent.behaviours.server.Timer`.
-
-    It is not dropped while the daemon may not act, but tried again: nobody else would repeat it.
-    """
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        mailbox: Mailbox,
-        delay: float,
-        message: Message,
-        wake: Callable[[], None],
-    ) -> None:
-        self._loop = loop
-        self._mailbox = mailbox
-        self._message = message
-        self._wake = wake
-        self._handle: asyncio.TimerHandle | None = loop.call_later(max(0.0, delay), self._fire)
-        self._postponed = False
-        message.postpone = self._postpone
-
-    def _postpone(self) -> None:
-        if not self._postponed:
-            self._postponed = True
-            log.warning("the timer for %s waits: this process may not act now", self._message.method)
-        self._handle = self._loop.call_later(POSTPONED, self._fire)
-
-    def _fire(self) -> None:
-        self._handle = None
-        if self._mailbox.put(self._message, bounded=False) is Put.TAKEN and self._mailbox.must_wake():
-            self._wake()
-
-    def cancel(self) -> bool:
-        """Take the message back; False if it has been handled, or is being handled."""
-        if self._handle is None:
-            return self._mailbox.discard(self._message)
-        self._handle.cancel()
-        self._handle = None
-        return True

@@ -2,8 +2,9 @@
 
 The thread reads, gives what it read to ``hear``, acknowledges it, and attaches again for as long as it takes
 when the agent is gone.  Answers may be posted from any thread and are written at once while the socket takes
-them; what it does not take, the thread writes later.  Answers that no agent has acknowledged are kept (the
-newest ``KEPT_ANSWERS``) and told to the next agent.
+them; what it does not take, the thread writes later.  When much waits for the agent the uplink is
+``clogged``: no handler should be started, and above that nothing more is read.  Answers that no agent has
+acknowledged are kept (the newest ``KEPT_ANSWERS``) and told to the next agent.
 
 It knows frames and connections, and nothing of methods, mailboxes or handlers.
 """
@@ -19,6 +20,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from node_agent.worker import framing
 from registry.frames import encode
@@ -35,8 +37,15 @@ KEPT_ANSWERS = 1024
 KEPT_BYTES = 8 * 1024 * 1024
 """Bytes of answers kept until an agent acknowledges them; with the rest of Attach they fit into a message."""
 
-BACKLOG_BYTES = 64 * 1024 * 1024
-"""Bytes that may wait for an agent that does not read, before the connection is given up."""
+CLOGGED_BYTES = 16 * 1024 * 1024
+"""Bytes that may wait for an agent that does not read, before no handler is started."""
+
+UNHEARD_BYTES = 32 * 1024 * 1024
+"""Bytes that may wait for an agent that does not read, before it is not read from: what is answered without a
+handler is bounded too."""
+
+VECTOR = 64
+"""Pieces that are given to the socket at once."""
 
 TRACEBACK_BYTES = 64 * 1024
 
@@ -48,7 +57,8 @@ need not even know that it was taken.  Called from the thread."""
 class Uplink:
     """The connection to the agent's worker socket at ``path``, for the process ``worker``.
 
-    ``tick`` is called before each wait and returns how many seconds the wait may take.
+    ``tick`` is called before each wait and returns how many seconds the wait may take.  ``clogged``: answers
+    are made faster than the agent reads them; a tick follows when that is over.
     """
 
     def __init__(self, path: str, worker: str, hear: Hear, tick: Callable[[], float]) -> None:
@@ -56,6 +66,7 @@ class Uplink:
         self._worker = worker
         self._hear = hear
         self._tick = tick
+        self.clogged = False
         self._thread = threading.Thread(target=self._main, name="pgherd-uplink", daemon=True)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Everything below is shared, and touched with the lock held.
@@ -65,7 +76,8 @@ class Uplink:
         self._crashed: worker_pb2.Crashed | None = None
         self._closing = False
         self._socket: socket.socket | None = None
-        self._backlog = bytearray()
+        self._backlog: deque[memoryview] = deque()
+        self._backlog_bytes = 0
         self._taken = 0
         self._answers = 0
         self._kept: deque[tuple[int, bytes]] = deque()
@@ -132,26 +144,26 @@ class Uplink:
     def _send(self, data: bytes) -> None:
         if self._socket is None:
             return
-        if self._backlog:
-            self._backlog += data
-        else:
-            self._write(memoryview(data))
-        if len(self._backlog) > BACKLOG_BYTES:
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def _write(self, data: memoryview) -> None:
-        """Write what the socket takes; keep the rest for the thread."""
-        assert self._socket is not None
-        try:
-            written = self._socket.send(data, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            written = 0
-        except OSError:
-            # The agent is gone: reading says so too, and the thread attaches again.
-            return
-        if written < len(data):
-            self._backlog += data[written:]
+        written = 0
+        if not self._backlog:
+            try:
+                written = self._socket.send(data, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                pass
+            except OSError:
+                # The agent is gone: reading says so too, and the thread attaches again.
+                return
+            if written == len(data):
+                return
             os.eventfd_write(self._wake, 1)
+        self._backlog.append(memoryview(data)[written:])
+        self._backlog_bytes += len(data) - written
+        self.clogged = self._backlog_bytes > CLOGGED_BYTES
+
+    def _forget_backlog(self) -> None:
+        self._backlog.clear()
+        self._backlog_bytes = 0
+        self.clogged = False
 
     # The thread.
 
@@ -215,7 +227,7 @@ class Uplink:
 
     def _detach(self) -> None:
         self._socket = None
-        self._backlog.clear()
+        self._forget_backlog()
         self._taken = self._answers = 0
         self._kept = deque((0, part) for _, part in self._kept)
 
@@ -228,14 +240,15 @@ class Uplink:
         self._attach(connection)
         while True:
             with self._lock:
-                backlog = bool(self._backlog)
+                backlog = self._backlog_bytes
                 if self._closing and not backlog and not said_all:
                     # Half a close: what the agent may still be writing must not break the connection before
                     # it has read our last words.  It closes when it has.
                     said_all = True
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_WR)
-            poll.register(connection, select.POLLIN | (select.POLLOUT if backlog else 0))
+            wanted = select.POLLIN if backlog <= UNHEARD_BYTES else 0
+            poll.register(connection, wanted | (select.POLLOUT if backlog else 0))
             for descriptor, happened in poll.poll(self._tick() * 1000):
                 if descriptor == self._wake:
                     os.eventfd_read(self._wake)
@@ -255,9 +268,23 @@ class Uplink:
                         return heard
 
     def _write_backlog(self) -> None:
+        """Write what the socket takes now; what it does not take stays where it is, uncopied."""
+        backlog = self._backlog
         with self._lock:
-            data, self._backlog = self._backlog, bytearray()
-            self._write(memoryview(data))
+            assert self._socket is not None
+            try:
+                written = self._socket.sendmsg(islice(backlog, VECTOR), (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._forget_backlog()
+                return
+            self._backlog_bytes -= written
+            while backlog and written >= len(backlog[0]):
+                written -= len(backlog.popleft())
+            if written:
+                backlog[0] = backlog[0][written:]
+            self.clogged = self._backlog_bytes > CLOGGED_BYTES
 
     def _understand(self, message: worker_pb2.AgentMessage) -> None:
         answers = self._hear(message)

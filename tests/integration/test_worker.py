@@ -392,3 +392,13 @@ async def test_an_unwanted_worker_ends_without_being_restarted(desk: Desk) -> No
     assert await process.exit_code() == 75
     assert "nobody started it" in process.output
     assert worker.attached == 0
+
+
+@pytest.mark.slow
+async def test_answers_that_are_made_faster_than_they_are_read_hold_the_handlers_back(desk: Desk) -> None:
+    _, worker = await desk.ready("Probe")
+    calls = [worker.ask("large", f'{{"size": {4 * 1024 * 1024}}}') for _ in range(40)]
+    for call in calls:
+        answer = await asyncio.wait_for(call, WITHIN)
+        assert not answer.HasField("error"), answer.error
+    assert (worker.attached, worker.closed) == (1, [])
