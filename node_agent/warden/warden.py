@@ -101,6 +101,7 @@ class Warden:
         self._agent_leaves_by: float | None = None
         self._exit_code = 0
         self._child_ended = False
+        self._awake_since = kernel.boottime()
 
     def run(self) -> None:
         """Hold everything until there is nothing left to hold."""
@@ -110,18 +111,22 @@ class Warden:
         if problem := self._image.fill(*self._entries):
             kernel.complain(f"warden: not everything could be imported: {problem}")
         self._agent.check(kernel.boottime())
+        self._awake_since = kernel.boottime()
         while not self._done():
             self._turn()
         with contextlib.suppress(LauncherSilent):
             self._lifeline.end(self._exit_code)
 
     def _turn(self) -> None:
-        planned = max(self._next_moment(), kernel.boottime())
-        ready = self._selector.select(planned - kernel.boottime())
+        began = kernel.boottime()
+        planned = max(self._next_moment(), began)
+        ready = self._selector.select(planned - began)
         now = kernel.boottime()
         self._end_leases(self._leases.expire(now))
-        if now > planned + STALL:
+        if now > planned + STALL or began > self._awake_since + STALL:
+            # This process stood still, in its sleep or in the turn before.
             self._agent.excuse(now)
+        self._awake_since = now
         self._outputs.divide(len(ready))
         for key, _ in ready:
             key.data()

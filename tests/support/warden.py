@@ -56,11 +56,11 @@ async def death(pid: int, within: float = WITHIN) -> float:
 
 
 def running(token: str) -> list[int]:
-    """Return the processes with ``token`` in their command line, zombies excluded."""
+    """Return the processes with ``token`` as an argument, so not the shells on the way; zombies excluded."""
     found = []
     for pid in kernel.processes():
         with contextlib.suppress(OSError):
-            if token.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if token.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                 found.append(pid)
     return found
 
