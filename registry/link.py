@@ -61,9 +61,17 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def put(self, part: bytes) -> bool:
-        """Queue one encoded frame; False when the outbox is full, and then nothing was queued."""
-        if len(self._parts) >= self._max_frames or self._bytes >= self._max_bytes:
+    @property
+    def waiting_bytes(self) -> int:
+        """The size of the frames in it."""
+        return self._bytes
+
+    def put(self, part: bytes, *, more: int = 0) -> bool:
+        """Queue one encoded frame; False when the outbox is full, and then nothing was queued.
+
+        ``more`` are bytes beyond the bound, for what has to be said because of it.
+        """
+        if len(self._parts) >= self._max_frames or self._bytes >= self._max_bytes + more:
             return False
         if not self._parts:
             self._filled.set()

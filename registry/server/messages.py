@@ -1,8 +1,8 @@
 """The Messages service: every door of gRPC into the router.
 
 A client can hurt only itself: what cannot be decoded ends its own stream, a frame that is no request is
-answered INVALID, one that does not read its answers is cut off when its queue is full, and one that asks too
-much at once is refused.  A stream that says it is another agent's (metadata ``pgherd-role: peer``) is
+answered INVALID, from one that does not read its answers nothing more is taken, and one that asks too much at
+once is refused.  A stream that says it is another agent's (metadata ``pgherd-role: peer``) is
 answered from this host's children only, and keeps the senders it names.
 """
 
@@ -21,13 +21,20 @@ from registry import wire
 from registry.clock import Boottime, Clock
 from registry.errors import HerdError, Invalid, Overloaded, UnknownOutcome
 from registry.frames import encode
-from registry.link import MAX_QUEUED_BYTES, MAX_UNANSWERED, NODE, PEER, ROLE, Outbox
+from registry.link import MAX_UNANSWERED, NODE, PEER, ROLE, Outbox
 from registry.peers import Peers
 from registry.router import Router
 from registry.v1 import messages_pb2 as pb
 
 SERVICE = "pgherd.v1.Messages"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+
+HELD_BACK_BYTES = 16 << 20
+"""Bytes of answers that a client leaves unread before no more requests are taken from its stream."""
+MAX_ANSWER_BYTES = 128 << 20
+"""Bytes of answers that may wait for one stream: to what was taken before it was held back."""
+LAST_WORDS = 8 << 20
+"""Bytes for saying which answers found no room."""
 
 _REQUESTS = (pb.KIND_CALL, pb.KIND_CAST)
 
@@ -121,7 +128,8 @@ class _Stream:
         self._clock = clock
         self._sender = sender
         self._from_peer = from_peer
-        self._outbox = Outbox()
+        self._outbox = Outbox(max_bytes=MAX_ANSWER_BYTES)
+        self._written = asyncio.Event()
         self._unanswered = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -138,6 +146,9 @@ class _Stream:
             if heard is not None:
                 heard()
             self._take(raw, self._clock.now())
+            while self._outbox.waiting_bytes > HELD_BACK_BYTES:
+                self._written.clear()
+                await self._written.wait()
 
     def _take(self, raw: bytes, now: Boottime) -> None:
         is_small = len(raw) <= wire.MAX_HEAD
@@ -176,14 +187,10 @@ class _Stream:
     def _put(self, frame: pb.Frame) -> None:
         if self._ended or self._outbox.put(encode(frame)) or self._broken.done():
             return
-        self._broken.set_exception(
-            Overloaded(
-                f"answers are not being read: {len(self._outbox)} wait, at most {MAX_UNANSWERED} and "
-                f"{MAX_QUEUED_BYTES} bytes may",
-                hint="read the stream faster, or ask less at once",
-                details={"limit": str(MAX_QUEUED_BYTES)},
-            )
-        )
+        full = _unread(len(self._outbox), self._outbox.waiting_bytes)
+        lost = UnknownOutcome(f"an answer was lost: {full.message}", hint=full.hint, details=full.details)
+        if not self._outbox.put(encode(wire.error_reply(frame, lost)), more=LAST_WORDS):
+            self._broken.set_exception(full)
 
     async def broken(self) -> None:
         """Raise Overloaded once answers are not being read."""
@@ -196,6 +203,7 @@ class _Stream:
             await outbox.filled()
             if outbox:
                 await context.write(outbox.take())
+                self._written.set()
 
     async def drained(self) -> None:
         """Return when everything asked is answered; the writer ends after the last batch."""
@@ -235,6 +243,15 @@ def _of_the_whole_link(failure: HerdError) -> UnknownOutcome:
         f"{failure.message}: requests of this link without an answer may have been executed",
         hint=failure.hint,
         details={**failure.details, "cause": failure.reason},
+    )
+
+
+def _unread(count: int, size: int) -> Overloaded:
+    return Overloaded(
+        f"answers are not being read: {count} of {size} bytes wait, at most {MAX_UNANSWERED} and "
+        f"{MAX_ANSWER_BYTES} bytes may",
+        hint="read the stream faster, or ask less at once",
+        details={"limit": str(MAX_ANSWER_BYTES)},
     )
 
 

@@ -15,7 +15,7 @@ from registry import wire
 from registry.client import Client
 from registry.config import ListenConfig
 from registry.errors import Denied, HerdError, Overloaded, UnknownOutcome, Unreachable
-from registry.link import CONNECT_TIMEOUT
+from registry.link import CONNECT_TIMEOUT, Reply
 from registry.server import messages
 from registry.v1 import messages_pb2 as pb
 from registry.v1 import messages_pb2_grpc
@@ -23,11 +23,23 @@ from tests.support.agents import Keeps, a_herd, until
 
 
 @pytest.mark.slow
-async def test_client_that_does_not_read_is_cut_off_and_others_are_served() -> None:
+async def test_client_that_does_not_read_is_held_back_and_others_are_served() -> None:
     async with a_herd() as herd:
         alpha = await herd.agent("alpha")
         await herd.serve("echo", alpha)
-        narrow = [("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0)]
+        taken: list[int] = []
+        patient = alpha.children.handlers["echo"]
+
+        def count(frame: pb.Frame, deadline: float, reply: Reply) -> None:
+            taken.append(frame.id)
+            patient(frame, deadline, reply)
+
+        alpha.children.handlers["echo"] = count
+        narrow = [
+            ("grpc.http2.lookahead_bytes", 16_384),
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.max_receive_message_length", wire.MAX_BATCH),
+        ]
         async with (
             Client(alpha.address) as client,
             grpc.aio.insecure_channel(alpha.address, options=narrow) as channel,
@@ -40,21 +52,51 @@ async def test_client_that_does_not_read_is_cut_off_and_others_are_served() -> N
                     frame = pb.Frame(id=number, kind=pb.KIND_CALL, to="echo", data=body)
                     await stream.write(pb.Batch(frames=[frame]))
 
-            async def read() -> None:
-                async for _ in stream:
-                    pass
-
             flooding = asyncio.ensure_future(flood())
-            await asyncio.wait([flooding], timeout=1)
+            await until(lambda: len(taken) > messages.HELD_BACK_BYTES >> 20)
             assert await client.call("echo", "echo", 2) == 2
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await asyncio.wait_for(read(), 10)
-            await asyncio.gather(flooding, return_exceptions=True)
-        assert caught.value.code() is grpc.StatusCode.UNKNOWN
-        error = wire.error_of_rpc(caught.value)
-        assert isinstance(error, UnknownOutcome)
-        assert "not being read" in error.message
-        assert error.details["cause"] == "OVERLOADED"
+            assert len(taken) < 80, "what it would not read is not asked"
+            answers: list[int] = []
+            async with asyncio.timeout(10):
+                while len(answers) < 80:
+                    batch = await stream.read()
+                    assert isinstance(batch, pb.Batch)
+                    answers += [frame.id for frame in batch.frames]
+            await flooding
+            assert answers == list(range(80))
+
+
+@pytest.mark.slow
+async def test_large_answers_to_calls_of_one_link_that_come_at_once_all_arrive() -> None:
+    async with a_herd() as herd:
+        alpha = await herd.agent("alpha")
+        keeps = Keeps()
+        await herd.serve("mute", alpha, keeps)
+        async with Client(alpha.address) as client:
+            calls = [asyncio.ensure_future(client.call("mute", "x")) for _ in range(12)]
+            await until(lambda: len(keeps.requests) == 12)
+            for _, _, reply in keeps.requests:
+                reply(pb.Frame(kind=pb.KIND_REPLY, data=bytes(wire.MAX_BODY)))
+            for call in calls:
+                assert len(await call) == wire.MAX_BODY
+
+
+async def test_answer_for_which_there_is_no_room_is_unknown_and_the_others_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(messages, "MAX_ANSWER_BYTES", 1000)
+    async with a_herd() as herd:
+        alpha = await herd.agent("alpha")
+        keeps = Keeps()
+        await herd.serve("mute", alpha, keeps)
+        async with Client(alpha.address) as client:
+            calls = [asyncio.ensure_future(client.call("mute", "x")) for _ in range(3)]
+            await until(lambda: len(keeps.requests) == 3)
+            for _, _, reply in keeps.requests:
+                reply(pb.Frame(kind=pb.KIND_REPLY, data=bytes(600)))
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(answer) for answer in ended] == [bytes, bytes, UnknownOutcome]
+        assert "not being read" in str(ended[2])
 
 
 async def test_link_with_too_many_unanswered_requests_is_refused_more(
