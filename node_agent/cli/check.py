@@ -77,9 +77,7 @@ def check_files(paths: Sequence[Path]) -> list[Checked]:
     """Check files, configurations first; a directory stands for the ``*.toml`` in it."""
     contents: dict[Path, str] = {}
     checked = []
-    for file in (
-        file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])
-    ):
+    for file in _files(paths):
         try:
             contents[file] = read_text(file)
         except ConfigInvalid as error:
@@ -87,6 +85,11 @@ def check_files(paths: Sequence[Path]) -> list[Checked]:
     specs = {file: text for file, text in contents.items() if _declares_children(text, str(file))}
     configs = [_check_config(text, file) for file, text in contents.items() if file not in specs]
     return _refuse_duplicates([*checked, *configs, *_check_specs(specs, configs)])
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        yield from sorted(path.glob("*.toml")) if path.is_dir() else (path,)
 
 
 def _declares_children(text: str, source: str) -> bool:

@@ -19,6 +19,7 @@ from registry.errors import Invalid, NoSuchName
 from registry.names import did_you_mean, validate
 from registry.ownership import Status as WorkerStatus
 from registry.ownership import WorkerState
+from registry.router import unknown_name
 from registry.store import Store
 from registry.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -61,6 +62,8 @@ class Cluster(cluster_pb2_grpc.ClusterServicer):
         if not name:
             return view.why_not_well(await self._look_around())
         if name not in view.known() and not any(view.log.about(name)):
+            if not view.directory.in_sync:
+                raise unknown_name(view.directory, name)
             hint = did_you_mean(name, view.known()) or "`pgherd names` lists all names"
             raise NoSuchName(f"there is no daemon or child named {name}", hint=hint, details={"name": name})
         return view.why(name, await self._remote.silent())

@@ -17,6 +17,7 @@ from registry import events, wire
 from registry.config import ConfigInvalid
 from registry.errors import HerdError, Invalid, NoOwner, NoSuchName, Unreachable
 from registry.names import did_you_mean, validate
+from registry.router import unknown_name
 from registry.specs import Desired, SpecResult, Specs, Wanted, What
 from registry.v1 import supervision_pb2, supervision_pb2_grpc
 
@@ -155,7 +156,10 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
     ) -> supervision_pb2.SpecsResponse:
         found = self._view.specs(request.name)
         if request.name and not found:
-            raise self._undeclared(request.name)
+            directory = self._view.directory
+            raise (
+                self._undeclared(request.name) if directory.in_sync else unknown_name(directory, request.name)
+            )
         return supervision_pb2.SpecsResponse(specs=found)
 
     async def Restart(
@@ -181,7 +185,7 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
         self, request: supervision_pb2.ChildrenRequest, context: Context
     ) -> supervision_pb2.ChildrenResponse:
         here = self._view.config.host
-        response = supervision_pb2.ChildrenResponse()
+        response = supervision_pb2.ChildrenResponse(stale_since=self._view.directory.stale_since)
         if request.host in ("", here):
             response.children.extend(self._view.children())
         if relayed(context) or request.host == here:

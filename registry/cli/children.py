@@ -12,22 +12,38 @@ import click
 
 from registry.cli.agent import Agent, asking_user, connect
 from registry.cli.invocation import Command, Invocation, pass_invocation
+from registry.cli.names import warn_if_stale
 from registry.cli.output import as_plain, print_json, print_table, span, styled, token
 from registry.clock import SYSTEM_CLOCK
 from registry.units import format_duration
+from registry.v1.names_pb2 import ListNamesRequest
 from registry.v1.supervision_pb2 import Child, ChildrenRequest, ChildrenResponse, LogsRequest, RestartRequest
 
 _RESTART_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
 
-def _children(invocation: Invocation, host: str) -> ChildrenResponse:
+def _children(invocation: Invocation, host: str) -> tuple[ChildrenResponse, str]:
+    """Return children, and what to say when there are none."""
     with connect(invocation) as agent:
-        return agent.ask(agent.supervision.Children, ChildrenRequest(host=host))
+        answer = agent.ask(agent.supervision.Children, ChildrenRequest(host=host))
+        return answer, "" if answer.children else _none(agent, host, answer)
 
 
-def _warn_of(silent: Iterable[str]) -> None:
-    for host in silent:
+def _none(agent: Agent, host: str, answer: ChildrenResponse) -> str:
+    if host:
+        return f"host {host} has no children"
+    if answer.stale_since or answer.silent:
+        return "no children are known here"
+    names = len(agent.ask(agent.names.List, ListNamesRequest()).names)
+    if names:
+        return f"no children run; {names} {'name is' if names == 1 else 'names are'} known: pgherd names"
+    return "no children: pgherd apply FILE declares some"
+
+
+def _warn_of(answer: ChildrenResponse) -> None:
+    warn_if_stale(not answer.stale_since, answer.stale_since)
+    for host in answer.silent:
         click.echo(f"pgherd: host {host} did not answer, its children are missing here", err=True)
 
 
@@ -36,11 +52,11 @@ def _warn_of(silent: Iterable[str]) -> None:
 @pass_invocation
 def ps(invocation: Invocation, host: str) -> None:
     """List children and their processes, of all hosts or of one."""
-    answer = _children(invocation, host)
+    answer, none = _children(invocation, host)
     if invocation.json:
         print_json(as_plain(answer))
         return
-    _warn_of(answer.silent)
+    _warn_of(answer)
     print_table(
         ("HOST", "CHILD", "NAME", "KIND", "STATE", "PID", "EPOCH.START", "UPTIME", "RESTARTS", "LAST EXIT"),
         (
@@ -58,7 +74,7 @@ def ps(invocation: Invocation, host: str) -> None:
             )
             for child in answer.children
         ),
-        empty=f"host {host} has no children" if host else "no children: pgherd apply FILE declares some",
+        empty=none,
     )
 
 
@@ -66,13 +82,15 @@ def ps(invocation: Invocation, host: str) -> None:
 @pass_invocation
 def tree(invocation: Invocation) -> None:
     """Show hosts with their children as a tree."""
-    answer = _children(invocation, "")
+    answer, none = _children(invocation, "")
     if invocation.json:
         print_json(as_plain(answer))
         return
-    _warn_of(answer.silent)
+    _warn_of(answer)
     for line in _tree(answer.children):
         click.echo(line)
+    if none:
+        click.echo(none)
 
 
 def _tree(children: Iterable[Child]) -> Iterator[str]:

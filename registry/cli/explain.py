@@ -6,7 +6,7 @@ import click
 
 from registry.cli.agent import NoAnswer, connect
 from registry.cli.invocation import Command, Invocation, pass_invocation
-from registry.cli.output import as_plain, moment, print_json, print_table
+from registry.cli.output import as_plain, moment, one_line, print_json, print_table
 from registry.units import format_duration
 from registry.v1.cluster_pb2 import EventsRequest, WaitRequest, WhyRequest
 
@@ -27,7 +27,7 @@ def why(invocation: Invocation, name: str) -> None:
         print_json(as_plain(answer))
         return
     if answer.caveat:
-        click.echo(answer.caveat)
+        click.echo(one_line(answer.caveat))
     print_table(
         ("SINCE", "WHAT", "TRY"),
         ((moment(line.at), line.what, getattr(line, "try")) for line in answer.lines),
@@ -41,12 +41,16 @@ def why(invocation: Invocation, name: str) -> None:
 @pass_invocation
 def events(invocation: Invocation, name: str, follow: bool) -> None:
     """Print what the asked agent saw happen, about everything or one name."""
+    seen = False
     with connect(invocation) as agent:
         for event in agent.follow(agent.cluster.Events, EventsRequest(name=name, follow=follow)):
+            seen = True
             if invocation.json:
                 print_json(as_plain(event), indent=None)
             else:
-                click.echo(f"{moment(event.at)}  {event.level:<7}  {event.text}")
+                click.echo(f"{moment(event.at)}  {event.level:<7}  {one_line(event.text)}")
+    if not seen and not invocation.json:
+        click.echo(f"no events about {name} here" if name else "no events here")
 
 
 @click.command(cls=Command)

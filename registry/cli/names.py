@@ -48,10 +48,15 @@ def names(invocation: Invocation, prefix: str) -> None:
             )
             for name in answer.names
         ),
-        empty=f"no name starts with {prefix!r}"
-        if prefix
-        else "no names yet: pgherd apply FILE declares some",
+        empty=_none(prefix, in_sync=answer.in_sync),
     )
+
+
+def _none(prefix: str, *, in_sync: bool) -> str:
+    which = f"no name that starts with {prefix!r}" if prefix else "no name"
+    if not in_sync:
+        return f"{which} is known here"
+    return f"there is {which}" if prefix else "no names yet: pgherd apply FILE declares some"
 
 
 @click.command(cls=Command)

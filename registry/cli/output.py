@@ -8,6 +8,7 @@ and enums as their last word in small letters.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ _STYLES = {
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
     """Print rows under their column names, or ``empty`` when there are none."""
-    cells = [[cell or "-" for cell in row] for row in rows]
+    cells = [[one_line(cell) or "-" for cell in row] for row in rows]
     if not cells:
         click.echo(empty)
     elif sys.stdout.isatty():
@@ -43,6 +44,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, empty:
         for row in (columns, *cells):
             line = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             click.echo("  ".join(line).rstrip())
+
+
+_CONTROL = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
+
+
+def one_line(text: str) -> str:
+    """Return text that others wrote so that it stays in its line and moves no cursor."""
+    return _CONTROL.sub(" ", text).strip()
 
 
 def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -12,7 +12,7 @@ import grpc
 
 from registry.cli.agent import Agent, asking_user, connect
 from registry.cli.invocation import Command, Invocation, pass_invocation
-from registry.cli.output import as_plain, moment, print_done, print_json, print_table
+from registry.cli.output import as_plain, moment, one_line, print_done, print_json, print_table
 from registry.errors import Invalid, NoSuchName
 from registry.v1.supervision_pb2 import ApplyRequest, ApplyResponse, Done, NameRequest, SpecsRequest
 
@@ -33,7 +33,7 @@ def apply(invocation: Invocation, files: tuple[str, ...]) -> None:
     if invocation.json:
         print_json(as_plain(answer))
     for applied in () if invocation.json else answer.applied:
-        click.echo(f"{applied.name} {applied.what}")
+        click.echo(f"{applied.name} {one_line(applied.what)}")
 
 
 def _source(file: str) -> str:

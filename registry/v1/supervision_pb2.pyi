@@ -352,6 +352,9 @@ class ChildrenResponse(_message.Message):
 
     CHILDREN_FIELD_NUMBER: _builtins.int
     SILENT_FIELD_NUMBER: _builtins.int
+    STALE_SINCE_FIELD_NUMBER: _builtins.int
+    stale_since: _builtins.str
+    """Since when and why the asked agent may not know every host; empty when it does."""
     @_builtins.property
     def children(self) -> _containers.RepeatedCompositeFieldContainer[Global___Child]:
         """Ordered by host and child."""
@@ -365,10 +368,11 @@ class ChildrenResponse(_message.Message):
         *,
         children: _abc.Iterable[Global___Child] | None = ...,
         silent: _abc.Iterable[_builtins.str] | None = ...,
+        stale_since: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["children", b"children", "silent", b"silent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["children", b"children", "silent", b"silent", "stale_since", b"stale_since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

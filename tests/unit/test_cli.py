@@ -276,6 +276,58 @@ def test_status_fails_when_something_is_not_well(run: CommandLine, canned_agent:
     assert json.loads(run.output)["problems"] == ["ticker has no owner", "host beta is down"]
 
 
+def test_status_vouches_for_no_name_of_a_host_without_a_lease(
+    run: CommandLine, canned_agent: CannedAgent
+) -> None:
+    status = StatusResponse()
+    status.CopyFrom(READY)
+    status.MergeFrom(StatusResponse(state="lost", stale_since="for 9.0 s: no quorum"))
+    status.in_sync, status.lease_slack = False, 0.0
+    other = Name(name="ticker", state=NAME_STATE_UNOWNED)
+    canned_agent.answers |= {
+        "Status": status,
+        "Nodes": NodesResponse(nodes=[Node(host="alpha", state="ready", names=1)]),
+        "List": ListNamesResponse(names=[SWEEPER, other]),
+    }
+    assert run("status") == 1
+    assert "names: 1 on a host without a lease, 1 unowned" in run.output
+    assert run.errors == "pgherd: this may be out of date: for 9.0 s: no quorum\n"
+
+
+def test_nothing_is_not_said_to_be_all_by_an_agent_that_does_not_know(
+    run: CommandLine, canned_agent: CannedAgent
+) -> None:
+    stale = "for 2.0 s: the registry has not been read yet"
+    canned_agent.answers |= {
+        "Children": ChildrenResponse(stale_since=stale),
+        "List": ListNamesResponse(stale_since=stale),
+    }
+    for command in ("ps", "tree", "names"):
+        assert run(command) == 0
+        assert run.output.endswith("known here\n")
+        assert run.errors == f"pgherd: this may be out of date: {stale}\n"
+
+
+def test_ps_without_processes_says_whether_anything_is_declared(
+    run: CommandLine, canned_agent: CannedAgent
+) -> None:
+    canned_agent.answers |= {"Children": ChildrenResponse(), "List": ListNamesResponse(in_sync=True)}
+    assert run("ps") == 0
+    assert run.output == "no children: pgherd apply FILE declares some\n"
+    ticker = Name(name="ticker", state=NAME_STATE_UNOWNED)
+    canned_agent.answers["List"] = ListNamesResponse(names=[ticker], in_sync=True)
+    assert run("ps") == 0
+    assert run.output == "no children run; 1 name is known: pgherd names\n"
+
+
+def test_no_events_are_said_to_be_none(run: CommandLine, canned_agent: CannedAgent) -> None:
+    canned_agent.answers["Events"] = []
+    assert run("events", "nope") == 0
+    assert run.output == "no events about nope here\n"
+    assert run("events", "nope", "--json") == 0
+    assert run.output == ""
+
+
 def test_why_begins_with_how_old_it_is(run: CommandLine, canned_agent: CannedAgent) -> None:
     line = WhyLine(what="node beta lost")
     setattr(line, "try", "pgherd nodes")

@@ -65,6 +65,11 @@ def test_tables_have_colours_on_a_terminal_only(
     assert "\x1b[32mready" in capsys.readouterr().out
 
 
+def test_what_others_wrote_stays_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("NAME", "WHO"), [("ticker", "FATAL:  no\n\tDETAIL: \x1b[2Jwhy"), ("a b", "ann")], empty="")
+    assert capsys.readouterr().out == ("NAME    WHO\nticker  FATAL:  no DETAIL: [2Jwhy\na b     ann\n")
+
+
 def test_an_empty_table_says_so_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("NAME",), [], empty="no names yet")
     assert capsys.readouterr().out == "no names yet\n"
