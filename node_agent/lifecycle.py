@@ -153,6 +153,7 @@ class Child:
         self._on_change = on_change
         self._says_ready = False
         self._crash = ""
+        self._next_start: Boottime = 0.0
 
     def __repr__(self) -> str:
         return f"<Child {self.key} {self.state.value} pid={self.pid} token={self.epoch}.{self.start}>"
@@ -171,6 +172,16 @@ class Child:
     def pid(self) -> int:
         """The running process on this host, 0 when none runs."""
         return self.process.pid if self.process else 0
+
+    @property
+    def host(self) -> str:
+        """The host it is on."""
+        return self._host.host
+
+    @property
+    def waits(self) -> float:
+        """Seconds until its next start while it waits for one, else 0."""
+        return max(self._next_start - self._host.clock.now(), 0.0) if self.state is State.BACKOFF else 0.0
 
     # What others tell it.
 
@@ -247,6 +258,7 @@ class Child:
             self._on_change(self)
 
     async def _next_process(self) -> _Ended | _Stop:
+        self.obstacle = ""
         self._enter(State.FENCING)
         start = self._host.last_start(self.key, self.epoch) + 1
         for database in self.spec.fence:
@@ -432,6 +444,7 @@ class Child:
                     )
                 )
                 if delay > 0:
+                    self._next_start = now + delay
                     self._enter(State.BACKOFF)
                     stop = await self._stop_within(delay)
                     if stop is not None:

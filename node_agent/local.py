@@ -139,4 +139,14 @@ def _not_serving(name: str, child: Child | None) -> HerdError:
         return NoOwner(f"{name} is not on this host", details=details)
     if isinstance(child.spec.run, Command):
         return NoSuchMethod(f"{name} is a plain command: it offers no methods", details=details)
-    return NoOwner(f"{name} is {child.state.value} on this host", details=details)
+    obstacle = f": {child.obstacle}" if child.obstacle else ""
+    match child.state:
+        case State.BACKOFF:
+            how = f"waits before its next start on {child.host} ({child.waits:.1f} s left)"
+        case State.FENCING:
+            how = f"is being fenced on {child.host}{obstacle}"
+        case State.READY:
+            how = f"is not connected to the agent of {child.host}"
+        case state:
+            how = f"is {state.value} on {child.host}"
+    return NoOwner(f"{name} {how}", hint=f"pgherd why {name}", details=details)

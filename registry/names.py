@@ -138,7 +138,9 @@ def _invalid(name: str, problem: str) -> Invalid:
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for the candidate that looks most like ``name``, or nothing."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    known = list(candidates)
+    bare = name.partition("@")[0]
+    close = [bare] if bare in known else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
 

@@ -185,7 +185,8 @@ class Interface:
     def _no_such_method(self, name: str, kind: Kind) -> NoSuchMethod:
         details = {"method": name}
         if (method := self.methods.get(name)) is not None:
-            return NoSuchMethod(f'"{name}" is a {method.kind}, not a {kind}', details=details)
+            hint = f"`pgherd {method.kind}` sends a {method.kind}"
+            return NoSuchMethod(f'"{name}" is a {method.kind}, not a {kind}', hint=hint, details=details)
         same = [method.name for method in self.methods.values() if method.kind == kind]
         return NoSuchMethod(f'no {kind} is named "{name}"', hint=did_you_mean(name, same), details=details)
 

@@ -36,6 +36,8 @@ def template(value: object) -> str:
                 nearest(variable, VARIABLES) or f"known: {known}; a literal one is written $${{{variable}}}"
             )
             raise wrong(f"{show(value)}: there is no variable ${{{variable}}}", close)
+    if "${" in VARIABLE.sub("", value):
+        raise wrong(f"{show(value)}: a ${{ is not closed with }}", "write for example ${name}")
     return value
 
 
@@ -104,9 +106,9 @@ def signal(value: object) -> str:
         if name in known:
             return known[name].name
     meant = f"SIG{word.upper().removeprefix('SIG')}"
-    close = (
-        f'write "{meant}"' if meant in known else nearest(meant, (number.name for number in signals.Signals))
-    )
+    # All begin with SIG: they must be alike beyond that.
+    names = (number.name for number in signals.Signals)
+    close = f'write "{meant}"' if meant in known else nearest(meant, names, cutoff=0.8)
     raise wrong(f"there is no signal {show(word)}", close)
 
 

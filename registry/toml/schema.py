@@ -67,14 +67,14 @@ def show(value: object) -> str:
     return written if len(written) <= 60 else f"{written[:50]} … {written[-5:]}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``did you mean "..."?``, or an empty string."""
-    close = _nearest(word, known)
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return ``did you mean "..."?``, or an empty string; ``cutoff``: how alike they must be, up to 1."""
+    close = _nearest(word, known, cutoff)
     return f'did you mean "{close}"?' if close else ""
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
+def _nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), "")
 
 
 _WANTED = {

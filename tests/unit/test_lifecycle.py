@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from node_agent.lifecycle import Child
+from node_agent.local import Local
 from node_agent.postgres.fence import FenceRaiser, Raised
 from node_agent.restarts import RestartWindow
 from node_agent.spec.child import ChildSpec, parse
@@ -19,6 +21,7 @@ from node_agent.warden import protocol
 from node_agent.warden_link import WardenLink
 from registry import events
 from registry.clock import Boottime, Clock
+from registry.v1 import messages_pb2
 from tests.support.clocks import LoopClock
 
 pytestmark = pytest.mark.looptime
@@ -174,6 +177,45 @@ async def test_an_adopted_process_of_another_spec_is_stopped_before_the_next_is_
     assert len(scene.link.started) == 1
     assert scene.child.state is State.READY
     scene.life.cancel()
+
+
+async def test_whoever_asks_a_child_that_does_not_serve_hears_what_it_waits_for() -> None:
+    link, fences = Link(), Fences()
+    fences.open.clear()
+    supervisor = Supervisor(
+        surroundings(link, fences),
+        cast(WardenLink, link),
+        on_change=lambda child: None,
+        on_end=lambda ending: None,
+        on_buried=lambda key: None,
+    )
+    local = Local(supervisor, lambda: True, ("ticker",))
+    text = 'schema = 1\n[[child]]\nid = "t"\nname = "ticker"\nrun.behaviour = "a:B"\n'
+    (behaviour,) = parse(text, "x.toml")
+    child = supervisor.run_child(replace(behaviour, fence=("app",)), ownership=OWNERSHIP)
+    answers: list[messages_pb2.Error] = []
+
+    async def ask() -> tuple[str, str]:
+        await asyncio.sleep(0.1)
+        local.deliver(messages_pb2.Frame(to="ticker"), 1e9, lambda frame: answers.append(frame.error))
+        return answers[-1].message, answers[-1].hint
+
+    assert await ask() == ("ticker is being fenced on alpha", "pgherd why ticker")
+    child.obstacle = "fence in database app: it is down"
+    assert await ask() == (
+        "ticker is being fenced on alpha: fence in database app: it is down",
+        "pgherd why ticker",
+    )
+    fences.open.set()
+    assert await ask() == ("ticker is starting on alpha", "pgherd why ticker")
+    for _ in range(2):
+        worker = link.started[-1].worker
+        child.exited(replace(KILLED, worker=worker))
+        child.gone(worker)
+        await asyncio.sleep(0.1)
+    message, hint = await ask()
+    assert re.fullmatch(r"ticker waits before its next start on alpha \(\d\.\d s left\)", message)
+    assert hint == "pgherd why ticker"
 
 
 async def test_a_local_child_that_gave_up_stays_in_the_table_and_can_be_restarted() -> None:

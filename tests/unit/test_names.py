@@ -108,6 +108,7 @@ class TestGrammar:
 
     def test_a_typo_gets_the_nearest_name(self) -> None:
         assert did_you_mean("sweper", ["sweeper", "janitor"]) == "did you mean 'sweeper'?"
+        assert did_you_mean("jd@alpha", ["jd", "jda-lpha"]) == "did you mean 'jd'?"
         assert did_you_mean("zzz", ["sweeper", "janitor"]) == ""
         assert did_you_mean("sweeper", []) == ""
 

@@ -214,8 +214,12 @@ def test_wrong_arguments_are_refused_naming_argument_type_and_value(
     [
         (request("sel"), 'no call is named "sel"', 'did you mean "sell"?'),
         (request("zzz"), 'no call is named "zzz"', "there is: sell, blocking, raw"),
-        (request("wake"), '"wake" is a cast, not a call', ""),
-        (request("sell", kind=messages_pb2.KIND_CAST), '"sell" is a call, not a cast', ""),
+        (request("wake"), '"wake" is a cast, not a call', "`pgherd cast` sends a cast"),
+        (
+            request("sell", kind=messages_pb2.KIND_CAST),
+            '"sell" is a call, not a cast',
+            "`pgherd call` sends a call",
+        ),
         (request("interface"), 'no call is named "interface"', "there is: sell, blocking, raw"),
     ],
 )
