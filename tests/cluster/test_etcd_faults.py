@@ -67,6 +67,28 @@ async def test_without_a_majority_named_workers_end_before_their_leases_do(herd:
             await herd.answers(life.name, within=OUTAGE, above=life.token, method="write")
 
 
+@pytest.mark.parametrize("how", ["killed", "killed and stopped"])
+async def test_names_that_nobody_may_hold_are_refused_by_every_agent(herd: Herd, how: str) -> None:
+    """Also by the agents that had them: what is not executed must not end as unknown."""
+    names = await spread(herd)
+    local = herd.observer.alive()
+    first, second = herd.cluster.etcd.members[:2]
+    first.kill()
+    second.kill() if how == "killed" else second.pause()
+    for life in local:
+        await herd.ended(life, 2 * TTL)
+    for host in herd.hosts.values():
+        await host.wait_status(
+            lambda status: status.state not in ("ready", "lost") and not status.in_sync, 2 * TTL
+        )
+    for name in names.values():
+        for via in herd.hosts:
+            call = await herd.call(name, via=via, timeout=0.5)
+            assert call.outcome == "refused", call
+            assert call.error.startswith("NO_OWNER"), call
+            assert "not in sync" in call.error, call
+
+
 async def test_a_name_given_up_while_etcd_is_away_is_claimed_again_by_the_same_host(herd: Herd) -> None:
     name = herd.name("ledger")
     spec = herd.ledger(name, placement={"require": {"only": "alpha"}}, intensity=0)
