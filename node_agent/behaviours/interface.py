@@ -143,6 +143,8 @@ class Offered:
         text = frame.json if which else "{}"
         if text == "{}" and not self.parameters.required:
             return {}
+        if (why := _not_finite(text)) is not None:
+            raise Invalid(f"{self.name}: the arguments are not JSON: {why}", details={"method": self.name})
         return self.parameters.read(text)
 
 
@@ -178,7 +180,7 @@ class Interface:
         if frame.WhichOneof("body") == "data":
             return frame.data
         try:
-            return pydantic_core.from_json(frame.json or "{}")
+            return pydantic_core.from_json(frame.json or "{}", allow_inf_nan=False)
         except ValueError as error:
             raise Invalid(f"{frame.method}: the arguments are not JSON: {error}") from None
 
@@ -215,13 +217,27 @@ def read_args(behaviour: type, args: Mapping[str, Any]) -> Any:
 
 
 def to_json(method: str, result: Any) -> str:
-    """Return ``result`` as JSON text.  Raises TypeError for a value that JSON cannot say."""
+    """Return ``result`` as JSON text.  Raises TypeError for a value that JSON cannot say, as NaN."""
     try:
-        return pydantic_core.to_json(result, inf_nan_mode="null").decode()
+        text = pydantic_core.to_json(result, inf_nan_mode="constants").decode()
     except (pydantic_core.PydanticSerializationError, ValueError) as error:
         raise TypeError(
             f"{method} returned {shown(result)}, which cannot be written as JSON: {error}"
         ) from error
+    if (why := _not_finite(text)) is not None:
+        raise TypeError(f"{method} returned {shown(result)}, which cannot be written as JSON: {why}")
+    return text
+
+
+def _not_finite(text: str) -> str | None:
+    """Return why ``text`` is no JSON if that is for NaN, Infinity or -Infinity, which parsers let through."""
+    if "NaN" not in text and "Infinity" not in text:
+        return None
+    try:
+        pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        return f"it has no NaN and no Infinity: {error}"
+    return None
 
 
 def shown(value: Any) -> str:

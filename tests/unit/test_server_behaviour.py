@@ -238,6 +238,15 @@ def test_a_catch_all_gets_the_decoded_body() -> None:
             interface.arguments(frame)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_invalid_arguments(number: str) -> None:
+    text = f'{{"table": "7", "limit": {number}}}'
+    for interface, asked in ((INTERFACE, wake(text)), (Anything.interface(), request("whatever", text))):
+        with pytest.raises(Invalid, match="the arguments are not JSON"):
+            interface.arguments(asked)
+    assert INTERFACE.arguments(wake(f'{{"table": "{number}"}}')) == {"table": number}
+
+
 def test_results_are_written_as_json() -> None:
     result = {
         "order": Order("tea"),
@@ -245,7 +254,7 @@ def test_results_are_written_as_json() -> None:
         "price": Decimal("1.5"),
         "id": UUID(int=1),
         "colour": Colour.RED,
-        "nothing": float("nan"),
+        "nothing": None,
     }
     assert to_json("sell", result) == (
         '{"order":{"item":"tea","count":1},"at":"2026-01-02T00:00:00Z","price":"1.5",'
@@ -256,6 +265,10 @@ def test_results_are_written_as_json() -> None:
 def test_a_result_that_json_cannot_say_is_an_error_that_names_the_method() -> None:
     with pytest.raises(TypeError, match=r"sell returned <object object at .*which cannot be written as JSON"):
         to_json("sell", object())
+    for number in ("nan", "inf", "-inf"):
+        with pytest.raises(TypeError, match=r"sell returned .*: it has no NaN and no Infinity"):
+            to_json("sell", {"price": [float(number)]})
+    assert to_json("sell", "NaN, -Infinity") == '"NaN, -Infinity"'
 
 
 def test_rejected_details_are_texts() -> None:
