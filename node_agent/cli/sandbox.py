@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from registry.cli.invocation import Command
 CALLED_AS = "PGHERD_CALLED_AS"
 """What to type for `pgherd`, where that is something else: ./dev in a clone."""
 RESTART_AFTER = 15.0
-"""Seconds until a host that was killed is started again."""
+"""Seconds until a host or a member of etcd that was killed is started again."""
 
 
 @click.command(cls=Command)
@@ -78,18 +79,41 @@ def _introduce(sandbox: Sandbox) -> None:
     )
 
 
+class Revivals:
+    """When what was killed is started again: each :data:`RESTART_AFTER` seconds after its end was seen."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+
+    def look(self, down: Collection[str], now: float) -> tuple[list[str], list[str]]:
+        """Return what has ended since the last look, and what is to be started now."""
+        fresh = [name for name in down if name not in self._at]
+        self._at = {name: self._at.get(name, now + RESTART_AFTER) for name in down}
+        ripe = [name for name, at in self._at.items() if now >= at]
+        for name in ripe:
+            del self._at[name]
+        return fresh, ripe
+
+
 async def _revive(sandbox: Sandbox) -> None:
-    """Start hosts that were killed again, and keep the pointers up to date."""
+    """Start hosts and members of etcd that were killed again, and keep the pointers up to date."""
+    revivals, etcd, hosts = Revivals(), sandbox.etcd, sandbox.hosts
+    members = {f"etcd{member}": member for member in range(len(etcd.endpoints))}
     while True:
-        down = [host for host in sandbox.hosts.values() if not host.pid]
-        for host in down:
+        down = [host.name for host in hosts.values() if not host.pid]
+        down += [name for name, member in members.items() if member not in etcd.running]
+        fresh, ripe = revivals.look(down, asyncio.get_running_loop().time())
+        for name in fresh:
             now = datetime.now().strftime("%H:%M:%S")  # noqa: DTZ005
-            click.echo(f"{now} {host.name:>6}  its host was killed; started again in {RESTART_AFTER:g} s")
-        if down:
-            with suppress(ServerFailed):
+            what = "its host" if name in hosts else "this member of etcd"
+            click.echo(f"{now} {name:>6}  {what} was killed; started again in {RESTART_AFTER:g} s")
+        for name in ripe:
+            if name in hosts:
+                sandbox.start_host(hosts[name])
+            else:
+                etcd.revive_member(members[name])
+        with suppress(ServerFailed):
+            if fresh:
                 sandbox.point_at_a_living_host()
-            await asyncio.sleep(RESTART_AFTER)
-            for host in down:
-                sandbox.start_host(host)
-        await sandbox.note_owner("sweeper")
+            await sandbox.note_owner("sweeper")
         await asyncio.sleep(0.2)

@@ -90,6 +90,10 @@ class EtcdServers:
         self._spawn(member)
         await self._ready(member)
 
+    def revive_member(self, member: int) -> None:
+        """Start one member again; it takes part as soon as there is a majority."""
+        self._spawn(member)
+
     async def kill_member(self, member: int) -> None:
         """SIGKILL one member; return when it is gone."""
         await self._processes[member].stop(())
