@@ -100,6 +100,9 @@ def test_what_a_daemon_offers_is_listed(here: Sandbox, run: CommandLine) -> None
         (["call", "sweeper", "status", "--epoch", "1"], 1, "WRONG_EPOCH", ""),
         (["methods", "sweper"], 1, "NO_SUCH_NAME", "sweeper"),
         (["restart", "sweper"], 1, "NO_SUCH_NAME", ""),
+        (["ps", "alhpa"], 1, "NO_SUCH_NAME", "alpha"),
+        (["call", "sweeper", "tick"], 1, "NO_SUCH_METHOD", "pgherd cast"),
+        (["call", "sweeper@alpha", "status"], 1, "NO_SUCH_NAME", "did you mean 'sweeper'?"),
         (["logs", "sweper"], 1, "NO_SUCH_NAME", ""),
     ],
 )
@@ -127,6 +130,57 @@ def test_an_applied_spec_can_be_applied_again(ticker: str, run: CommandLine, tmp
     (tmp_path / "again.toml").write_text(run.output)
     assert run("apply", str(tmp_path / "again.toml")) == 0
     assert run.output == "ticker unchanged\n"
+
+
+def test_a_spec_that_this_host_cannot_run_is_written_with_a_warning(
+    here: Sandbox, run: CommandLine, tmp_path: Path
+) -> None:
+    spec = TICKER.replace("ticker", "elsewhere") + 'fence = ["accounts"]\n'
+    (tmp_path / "elsewhere.toml").write_text(spec)
+    assert run("apply", str(tmp_path / "elsewhere.toml")) == 0, run.errors
+    assert run.output == (
+        "elsewhere created (host alpha has no [database.accounts], so it will not run there)\n"
+    )
+    assert run("delete", "elsewhere") == 0
+    assert run.output == "elsewhere: spec deleted\n"
+
+
+def test_the_configuration_of_an_agent_is_not_applied(here: Sandbox, run: CommandLine) -> None:
+    assert run("apply", str(here.hosts["alpha"].directory / "agent.toml")) == 2
+    assert "is the configuration of an agent, not a file of specs" in run.errors
+
+
+def test_a_file_of_many_specs_is_written_at_once(here: Sandbox, run: CommandLine, tmp_path: Path) -> None:
+    names = [f"many{number}" for number in range(60)]
+    many = "schema = 1\n" + "".join(
+        f'[[child]]\nid = "{name}"\nname = "{name}"\nplacement.require = {{ disk = "none" }}\n'
+        'run.command = ["true"]\n'
+        for name in names
+    )
+    (tmp_path / "many.toml").write_text(many)
+    assert run("apply", str(tmp_path / "many.toml")) == 0, run.errors
+    assert run.output.count("created") == len(names)
+    for name in names:
+        assert run("delete", name) == 0, run.errors
+
+
+def test_a_spec_too_large_for_etcd_is_invalid(here: Sandbox, run: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "huge.toml").write_text(TICKER.replace("ticker", "huge").replace("one", "x" * 1_600_000))
+    assert run("apply", str(tmp_path / "huge.toml")) == 2
+    assert "huge: its spec is 1.53 MiB, and etcd takes 1.5 MiB at most (INVALID" in run.errors
+    assert run("specs", "huge") == 1
+
+
+def test_children_that_ended_long_ago_are_no_news_after_a_restart_of_the_agent(
+    ticker: str, run: CommandLine
+) -> None:
+    assert run("stop", ticker) == 0
+    assert run("wait", ticker, "--for", "stopped") == 0
+    assert run("restart-agent") == 0, run.errors
+    assert run("events") == 0
+    assert "of the former agent is killed" not in run.output
+    assert run("start", ticker) == 0
+    assert run("wait", ticker) == 0, run.errors
 
 
 def test_a_stopped_name_stays_stopped_until_it_is_started(ticker: str, run: CommandLine) -> None:
