@@ -221,8 +221,9 @@ def _checked(answer: pb.Frame) -> pb.Frame:
 
 
 def _value(frame: pb.Frame) -> Any:
-    body = wire.body_of(frame)
-    return body if isinstance(body, bytes) else json.loads(body)
+    if frame.HasField("data"):
+        return frame.data
+    return json.loads(frame.json or "{}")
 
 
 def _whereabouts(name: names_pb2.Name) -> Whereabouts:

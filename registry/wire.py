@@ -46,6 +46,7 @@ DEFAULT_TIMEOUT = 5.0
 RETRY_AFTER = 0.1
 """Seconds a refused caller is asked to wait when a queue is full."""
 
+_LONGEST_MS = 0xFFFFFFFF
 _STATUS_DETAILS = "grpc-status-details-bin"
 _STATUS_TEXT = 1000
 _OUTCOMES = {
@@ -285,4 +286,7 @@ def remaining_ms(deadline: Boottime, now: Boottime) -> int:
     A tenth of it, at most 100 ms, is kept for the answer to come back.
     """
     left = deadline - now
-    return min(int((left - min(left * 0.1, 0.1)) * 1000), 0xFFFFFFFF) if left > 0 else 0
+    if left <= 0:
+        return 0
+    ms = int((left * 0.9 if left < 1 else left - 0.1) * 1000)
+    return ms if ms <= _LONGEST_MS else _LONGEST_MS
