@@ -156,7 +156,6 @@ class Agent:
         names, nodes = Names(self._store, prefix), Nodes(self._store, prefix)
         specs = Specs(self._store, prefix)
         wishes = Wishes(config.databases)
-        self._local = Local(self._supervisor, self._trusted, self._directory.specs)
 
         def holdings(
             node: str, lease: LeaseId, persist: Persist, present: Callable[[], Awaitable[object]]
@@ -193,6 +192,7 @@ class Agent:
             facts=self._facts,
             make_holdings=holdings,
         )
+        self._local = Local(self._supervisor, self._membership.trusted, self._directory.specs)
         self._peers = Peers(
             self._directory,
             SYSTEM_CLOCK,
@@ -223,7 +223,7 @@ class Agent:
             directory=self._directory,
             clock=SYSTEM_CLOCK,
             node=lambda: self._membership.node,
-            ready=lambda: self._trusted() and self._directory.in_sync,
+            ready=lambda: self._membership.trusted() and self._directory.in_sync,
             read_owner=names.read_owner,
             services=(
                 (
@@ -334,9 +334,6 @@ class Agent:
         asyncio.get_running_loop().call_later(RESTART_GRACE, os._exit, 0)
 
     # What the parts ask of each other.
-
-    def _trusted(self) -> bool:
-        return self._membership.trusted()
 
     def _child_changed(self, child: Child) -> None:
         # Whoever waits for the child comes before etcd, which only hears of it.

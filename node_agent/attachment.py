@@ -127,7 +127,8 @@ class Attachment(asyncio.Protocol):
         if len(requests) >= credit:
             raise self._overloaded(to)
         frame.id = requests.next_id
-        frame.remaining_ms = min(max(1, int((deadline - self._clock.now()) * 1000)), LONGEST_MS)
+        left = int((deadline - self._clock.now()) * 1000)
+        frame.remaining_ms = LONGEST_MS if left > LONGEST_MS else left if left > 1 else 1
         part = encode(frame)
         size = len(part)
         if size > framing.MAX_BODY + 65536:
