@@ -18,6 +18,9 @@ from registry.wire import MAX_BATCH
 if TYPE_CHECKING:
     from registry.config import Tls
 
+MAX_PENDING = 32_768
+"""Requests that have arrived and that this process has not looked at yet; more are cancelled by gRPC."""
+
 _LIMITS = (
     ("grpc.max_send_message_length", MAX_BATCH),
     ("grpc.max_receive_message_length", MAX_BATCH),
@@ -44,7 +47,10 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.max_concurrent_streams", 1_000),
+    # What gRPC turns away by itself looks like something that may have been executed.  So it takes every
+    # stream, as long as this loop can keep up at all, and the services say what is too much.
+    ("grpc.server.max_pending_requests", MAX_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
 )
 
 

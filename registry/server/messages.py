@@ -36,6 +36,9 @@ MAX_ANSWER_BYTES = 128 << 20
 LAST_WORDS = 8 << 20
 """Bytes for saying which answers found no room."""
 
+MAX_UNARY = 4096
+"""Calls and casts outside of links that may be unanswered at once; more are refused."""
+
 _REQUESTS = (pb.KIND_CALL, pb.KIND_CAST)
 
 
@@ -51,6 +54,7 @@ class Messages:
         self._peers = peers
         self._clock = clock
         self._node = node
+        self._unary = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what a server registers."""
@@ -76,6 +80,19 @@ class Messages:
         return pb.CastResponse(epoch=answer.epoch, start=answer.start).SerializeToString()
 
     async def _ask(self, raw: bytes, context: Context, kind: pb.Kind.ValueType) -> pb.Frame:
+        if self._unary >= MAX_UNARY:
+            raise Overloaded(
+                f"{self._unary} requests outside of links are unanswered, at most {MAX_UNARY} are allowed",
+                hint="a link carries many requests on one stream",
+                details={"limit": str(MAX_UNARY)},
+            )
+        self._unary += 1
+        try:
+            return await self._ask_router(raw, context, kind)
+        finally:
+            self._unary -= 1
+
+    async def _ask_router(self, raw: bytes, context: Context, kind: pb.Kind.ValueType) -> pb.Frame:
         try:
             frame = wire.call_to_frame(pb.CallRequest.FromString(raw), kind)
         except DecodeError as error:

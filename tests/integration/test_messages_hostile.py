@@ -134,6 +134,41 @@ async def test_client_that_goes_away_leaves_nothing_behind() -> None:
             assert await again == 2
 
 
+@pytest.mark.slow
+async def test_thousands_of_unary_calls_are_served_up_to_a_bound_and_the_rest_is_refused() -> None:
+    async with a_herd() as herd:
+        alpha = await herd.agent("alpha")
+        keeps = Keeps()
+        await herd.serve("mute", alpha, keeps)
+        async with grpc.aio.insecure_channel(alpha.address) as channel:
+            stub = messages_pb2_grpc.MessagesStub(channel)
+            request = pb.CallRequest(name="mute", method="x")
+            calls = [stub.Call(request, timeout=30) for _ in range(messages.MAX_UNARY + 500)]
+            ended = asyncio.gather(*calls, return_exceptions=True)
+            await until(lambda: len(keeps.requests) == messages.MAX_UNARY, 20)
+            await until(lambda: sum(call.done() for call in calls) == 500, 20)
+            keeps.answer()
+            failed = [error for error in await ended if isinstance(error, BaseException)]
+        assert len(failed) == 500
+        for error in failed:
+            assert isinstance(error, grpc.aio.AioRpcError)
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert isinstance(wire.error_of_rpc(error), Overloaded)
+
+
+async def test_request_that_grpc_itself_turns_away_for_its_size_has_not_been_executed() -> None:
+    async with a_herd() as herd:
+        alpha = await herd.agent("alpha")
+        keeps = Keeps()
+        await herd.serve("mute", alpha, keeps)
+        async with grpc.aio.insecure_channel(alpha.address) as channel:
+            stub = messages_pb2_grpc.MessagesStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Call(pb.CallRequest(name="mute", data=b"x" * wire.MAX_BATCH), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert not keeps.requests
+
+
 async def test_unary_garbage_is_invalid() -> None:
     async with a_herd() as herd:
         alpha = await herd.agent("alpha")
