@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from node_agent import why as explaining
 from node_agent.claims import candidates_of, penalties_of
 from node_agent.lifecycle import Child
 from node_agent.membership import Membership, Phase
+from node_agent.pulse import Pulse
 from node_agent.spec.child import Command
 from node_agent.spec.children_dir import OwnChildren
 from node_agent.states import State
@@ -26,11 +28,15 @@ from registry.v1 import cluster_pb2, supervision_pb2
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """What has to be asked for: etcd's members, the databases, and the nodes whose agents do not answer."""
+    """What has to be asked for.
+
+    etcd's members, the databases, the nodes whose agents do not answer, and how this host's workers are.
+    """
 
     members: tuple[MemberStatus, ...]
     databases: tuple[cluster_pb2.DatabaseStatus, ...]
     silent: frozenset[str]
+    pulses: Mapping[str, Pulse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,7 @@ class View:
             if (record := self.directory.nodes.get(node)) is not None
         ]
         found += [str(problem) for problem in self.own.problems]
+        found += [f"{key}: {p.describe()}" for key, p in sorted(around.pulses.items()) if p.is_problem]
         found += [line for name in sorted(self.directory.specs) if (line := self._problem_of(name))]
         found += [
             f"child {child.key} of this host has the id of the cluster's {child.key}: rename it in children.d"
@@ -152,16 +159,16 @@ class View:
             )
         return cluster_pb2.NodesResponse(nodes=nodes, in_sync=directory.in_sync)
 
-    def why(self, name: str, silent: frozenset[str]) -> cluster_pb2.WhyResponse:
+    def why(self, name: str, silent: frozenset[str], pulse: Pulse | None) -> cluster_pb2.WhyResponse:
         """Explain one name; ``silent`` are the nodes whose agents do not answer."""
-        return self._explanation(explaining.explain(self._facts(name, silent), self.log.about(name)))
+        return self._explanation(explaining.explain(self._facts(name, silent, pulse), self.log.about(name)))
 
     def why_not_well(self, around: Around) -> cluster_pb2.WhyResponse:
         """Explain everything that is not well."""
         lines = [explaining.Line(problem) for problem in self.problems(around)]
         for name in sorted(self.directory.specs):
             if self._problem_of(name):
-                lines += explaining.explain(self._facts(name, around.silent), ())
+                lines += explaining.explain(self._facts(name, around.silent, around.pulses.get(name)), ())
         return self._explanation(lines or [explaining.Line("all is well", "pgherd status")])
 
     def _explanation(self, lines: list[explaining.Line]) -> cluster_pb2.WhyResponse:
@@ -172,7 +179,7 @@ class View:
             lines=[cluster_pb2.WhyLine(at=line.at, what=line.what, **{"try": line.hint}) for line in lines],
         )
 
-    def _facts(self, name: str, silent: frozenset[str]) -> explaining.Facts:
+    def _facts(self, name: str, silent: frozenset[str], pulse: Pulse | None) -> explaining.Facts:
         directory, holdings = self.directory, self.membership.holdings
         record = directory.specs.get(name)
         wish = self.wishes.read(record) if record else None
@@ -192,6 +199,7 @@ class View:
             status=directory.status(name),
             placement=placed,
             child=self.supervisor.children.get(name),
+            pulse=pulse,
             is_silent=owner is not None and owner.node in silent,
             ttl=self.config.timing.ttl,
             verdict=holdings.claims.verdicts.get(name) if holdings else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from node_agent.claims import Due, NotHere
 from node_agent.lifecycle import Child
+from node_agent.pulse import Pulse
 from node_agent.states import State
 from node_agent.wishes import Wish
 from registry.clock import Boottime
@@ -44,6 +45,7 @@ class Facts:
     status: Status | None
     placement: PlacementRecord | None
     child: Child | None
+    pulse: Pulse | None
     verdict: Due | NotHere | None
     ranking: Sequence[Verdict]
     node: NodeRecord | None
@@ -141,6 +143,8 @@ def _on_this_host(child: Child, facts: Facts) -> list[Line]:
     ]
     if child.obstacle and child.state is not State.READY:
         lines.append(Line(child.obstacle))
+    if facts.pulse is not None and (said := facts.pulse.describe()):
+        lines.append(Line(said, f"pgherd logs {child.key}" if facts.pulse.is_problem else ""))
     if child.last_exit:
         lines.append(Line(f"its last process ended: {child.last_exit}", f"pgherd logs {child.key}"))
     return lines

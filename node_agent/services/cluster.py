@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
 
 from node_agent.holdings import DIGEST
 from node_agent.postgres.probe import probe_databases
+from node_agent.pulse import Pulse, feel
 from node_agent.services.remote import Remote
 from node_agent.supervisor import Supervisor
 from node_agent.view import Around, View
@@ -47,12 +48,23 @@ class Cluster(cluster_pb2_grpc.ClusterServicer):
 
     async def _look_around(self) -> Around:
         config = self._view.config
-        members, databases, silent = await asyncio.gather(
+        members, databases, silent, pulses = await asyncio.gather(
             self._store.members(),
             probe_databases(config.databases, config.cluster),
             self._remote.silent(),
+            self._feel(self._supervisor.children),
         )
-        return Around(members, databases, silent)
+        return Around(members, databases, silent, pulses)
+
+    async def _feel(self, keys: Iterable[str]) -> dict[str, Pulse]:
+        """Ask the workers of this host, of those children that have one, how they are."""
+        children = self._supervisor.children
+        attached = {
+            key: child.attachment
+            for key in keys
+            if (child := children.get(key)) is not None and child.attachment is not None
+        }
+        return await feel(attached, self._view.clock)
 
     async def Nodes(self, request: cluster_pb2.NodesRequest, context: Context) -> cluster_pb2.NodesResponse:
         return self._view.nodes()
@@ -66,7 +78,8 @@ class Cluster(cluster_pb2_grpc.ClusterServicer):
                 raise unknown_name(view.directory, name)
             hint = did_you_mean(name, view.known()) or "`pgherd names` lists all names"
             raise NoSuchName(f"there is no daemon or child named {name}", hint=hint, details={"name": name})
-        return view.why(name, await self._remote.silent())
+        silent, pulses = await asyncio.gather(self._remote.silent(), self._feel((name,)))
+        return view.why(name, silent, pulses.get(name))
 
     async def Wait(self, request: cluster_pb2.WaitRequest, context: Context) -> cluster_pb2.WaitResponse:
         return await self._wait(request)

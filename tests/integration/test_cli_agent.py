@@ -237,3 +237,36 @@ def test_why_answers_while_etcd_is_away(here: Sandbox, run: CommandLine) -> None
     finally:
         asyncio.run(here.etcd.start_member(0))
     assert run("wait", "sweeper", "--timeout", "30s") == 0, run.errors
+
+
+STUCK = """
+schema = 1
+[[child]]
+id = "stuck"
+name = "stuck"
+run.behaviour = "stuck:Stuck"
+run.path = ["{path}"]
+"""
+
+STUCK_PY = """
+import asyncio
+from node_agent.behaviours import Server, cast
+
+class Stuck(Server):
+    @cast
+    async def hang(self) -> None:
+        await asyncio.Event().wait()
+"""
+
+
+def test_a_handler_that_hangs_is_named(here: Sandbox, run: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK_PY)
+    (tmp_path / "stuck.toml").write_text(STUCK.format(path=tmp_path))
+    assert run("apply", str(tmp_path / "stuck.toml")) == 0, run.errors
+    assert run("wait", "stuck", "--timeout", "30s") == 0, run.errors
+    for _ in range(3):
+        assert run("cast", "stuck", "hang") == 0, run.errors
+    assert run("why", "stuck") == 0
+    assert "its handler `hang` runs for " in run.output
+    assert "2 messages wait" in run.output
+    assert run("delete", "stuck") == 0, run.errors
