@@ -130,6 +130,7 @@ class Claims:
         self._not_before: dict[str, Boottime] = {}
         self._wake = asyncio.Event()
         self.pending: set[str] = set()
+        self._answered = asyncio.Event()
         self.verdicts: dict[str, Due | NotHere] = {}
 
     async def run(self) -> None:
@@ -155,6 +156,11 @@ class Claims:
     def look_again(self) -> None:
         """A name that was held here is not any more."""
         self._wake.set()
+
+    async def answered(self, name: str) -> None:
+        """Return when no claim of that name is under way, and what was won has been granted."""
+        while name in self.pending:
+            await self._answered.wait()
 
     def _changed(self, change: Change) -> None:
         if change.section == "owners" and change.before is not None and change.after is None:
@@ -214,6 +220,7 @@ class Claims:
             return
         names = {item.name for item, _ in batch}
         self.pending |= names
+        self._answered.clear()
         try:
             answers = await self._ask([request for _, request in batch])
         except StoreError as error:
@@ -222,6 +229,8 @@ class Claims:
             return
         finally:
             self.pending -= names
+            # Whoever waits goes on in the loop's next turn; what was won is granted in this one.
+            self._answered.set()
         unwanted: list[Claimed] = []
         for (item, _), answer in zip(batch, answers, strict=True):
             match answer:

@@ -141,6 +141,10 @@ class Cluster(cluster_pb2_grpc.ClusterServicer):
     async def Confirm(
         self, request: cluster_pb2.ConfirmRequest, context: Context
     ) -> cluster_pb2.ConfirmResponse:
+        holdings = self._view.membership.holdings
+        if holdings is not None:
+            # etcd's answer to our own claim may be on its way, and would start what is asked about.
+            await holdings.claims.answered(request.name)
         child = self._supervisor.lose(request.name, request.epoch, "another agent asks whether it still runs")
         if child is not None:
             await child.done.wait()

@@ -38,6 +38,8 @@ class Scene:
         self.held: set[str] = set()
         self.said: list[events.Event] = []
         self.leaves_when_it_claims = False
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     def wish(self, name: str) -> None:
         text = f'schema = 1\n[[child]]\nid = "t"\nname = "{name}"\nrun.command = ["true"]\n'
@@ -94,6 +96,7 @@ class _Names(Names):
         results = await super().claim_many(requests, by, timeout=timeout)
         if self._scene.leaves_when_it_claims:
             self._scene.held |= {request.name for request in requests}
+        await self._scene.answers.wait()
         return results
 
 
@@ -167,3 +170,30 @@ async def test_a_name_won_by_a_host_that_has_begun_to_leave_is_released(scene: S
         assert not scene.granted
         assert scene.directory.lookup("ticker") is None
         assert scene.directory.placements["ticker"].last_epoch
+
+
+async def test_who_asks_whether_a_name_runs_here_waits_for_the_answer_to_a_claim_of_it(scene: Scene) -> None:
+    """It is won in etcd already, and its process starts when that is heard."""
+    scene.wish("ticker")
+    scene.answers.clear()
+    async with scene.claiming() as claims:
+        await asyncio.sleep(1)
+        assert scene.directory.lookup("ticker") is not None
+        asked = asyncio.create_task(claims.answered("ticker"))
+        await asyncio.sleep(1)
+        assert not asked.done()
+        await asyncio.wait_for(claims.answered("other"), 1)
+        scene.answers.set()
+        await asked
+        assert scene.granted == ["ticker"]
+
+
+async def test_a_claim_that_is_given_up_keeps_nobody_waiting(scene: Scene) -> None:
+    scene.wish("ticker")
+    scene.answers.clear()
+    async with scene.claiming() as claims:
+        await asyncio.sleep(1)
+        asked = asyncio.create_task(claims.answered("ticker"))
+        await asyncio.sleep(1)
+    await asyncio.wait_for(asked, 1)
+    assert not scene.granted
