@@ -16,6 +16,7 @@ from node_agent.view import View
 from registry.errors import HerdError, NoOwner, NoSuchName, Unreachable
 from registry.names import did_you_mean
 from registry.peers import Peers
+from registry.router import unknown_name
 from registry.v1 import cluster_pb2, cluster_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -46,6 +47,8 @@ class Remote:
         if owner is None:
             if name in view.directory.specs:
                 raise NoOwner(f"{name} runs nowhere", hint=f"pgherd why {name}", details={"name": name})
+            if not view.directory.in_sync:
+                raise unknown_name(view.directory, name)
             hint = did_you_mean(name, view.known()) or "`pgherd ps` lists all children"
             raise NoSuchName(f"there is no daemon or child named {name}", hint=hint, details={"name": name})
         channel = None if relayed(context) else self._peers.channel(owner.node)

@@ -11,6 +11,7 @@ import grpc
 
 from node_agent.services.remote import FORWARD_TIMEOUT, RELAYED, Remote, relayed
 from node_agent.spec.child import ChildSpec, parse, stop_fits, to_toml
+from node_agent.spec.schema import NOT_SPECS
 from node_agent.view import View
 from node_agent.warden_link import WardenLink
 from registry import events, wire
@@ -57,9 +58,10 @@ class Supervision(supervision_pb2_grpc.SupervisionServicer):
         try:
             specs = parse(request.toml, source)
         except ConfigInvalid as invalid:
+            other_kind = any(problem.message == NOT_SPECS for problem in invalid.problems)
             raise Invalid(
                 f"{source} is not valid, nothing was applied:\n" + "\n".join(map(str, invalid.problems)),
-                hint=f"`pgherd check {source}` shows the same",
+                hint="" if other_kind else f"`pgherd check {source}` shows the same",
             ) from invalid
         unnamed = [spec.id for spec in specs if not spec.name]
         if unnamed:

@@ -43,6 +43,9 @@ RESTART_WORDS = {
 }
 """What systemd, Docker and supervisord say, and OTP's word for it."""
 
+NOT_SPECS = "is the configuration of an agent, not a file of specs"
+"""The problem of a file of the other kind."""
+
 Template = Annotated[str, BeforeValidator(values.template)]
 
 
@@ -189,8 +192,7 @@ def read(text: str, source: str, databases: Collection[str] | None) -> Reading:
     except toml_source.ConfigInvalid as error:
         return Reading(problems=list(error.problems))
     if document.data.keys() & {"cluster", "etcd"} and not document.data.keys() & {"child", "defaults"}:
-        why = "is the configuration of an agent, not a file of specs"
-        return Reading(problems=[document.problem((), why, "specs stand under lines [[child]]")])
+        return Reading(problems=[document.problem((), NOT_SPECS, "specs stand under lines [[child]]")])
     _, problems = check(FileTable, document.data, document)
     defaults, found = _defaults(document)
     problems += found
