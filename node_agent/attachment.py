@@ -46,6 +46,10 @@ ACKNOWLEDGE_AFTER = 0.1
 LONGEST_MS = 2**32 - 1
 """The longest time that fits into a frame, in milliseconds."""
 
+KEPT_SHARE, KEPT = 0.1, 0.1
+"""Part of a request's time, and seconds at most, that the worker is not told of: when the rest is over it can
+still say that it has not begun, before nobody knows."""
+
 SWEEP_EVERY = 0.005
 """Seconds between two looks for passed deadlines, at least."""
 
@@ -127,7 +131,9 @@ class Attachment(asyncio.Protocol):
         if len(requests) >= credit:
             raise self._overloaded(to)
         frame.id = requests.next_id
-        left = int((deadline - self._clock.now()) * 1000)
+        seconds = deadline - self._clock.now()
+        seconds -= KEPT if seconds * KEPT_SHARE > KEPT else seconds * KEPT_SHARE
+        left = int(seconds * 1000)
         frame.remaining_ms = LONGEST_MS if left > LONGEST_MS else left if left > 1 else 1
         part = encode(frame)
         size = len(part)

@@ -126,6 +126,12 @@ class Answers:
             self._results.forget(message)
         self._queue([encode(self._identity.failed(request, error)) for request in message.requests])
 
+    def refused(self, message: Message, error: HerdError) -> None:
+        """As :meth:`failed`, and at once, from any thread."""
+        if message.key:
+            self._results.forget(message)
+        self._post([encode(self._identity.failed(request, error)) for request in message.requests])
+
     def _queue(self, parts: Sequence[bytes]) -> None:
         if not parts:
             return

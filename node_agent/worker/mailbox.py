@@ -130,6 +130,14 @@ class Mailbox:
                     return self._remove(message)
         return None
 
+    def expired(self, now: Boottime) -> list[Message]:
+        """Remove and return what nobody waits for any more; looks at every message."""
+        with self._lock:
+            late = [message for message in self._queue if message.deadline < now]
+            for message in late:
+                self._remove(message)
+            return late
+
     def discard(self, message: Message) -> bool:
         """Remove ``message``; returns whether it was still waiting."""
         with self._lock:

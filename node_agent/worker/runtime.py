@@ -331,6 +331,9 @@ class Runtime:
             self._loop.call_soon_threadsafe(self._wake)
         if since is not None and running is not None and now - since > BUSY_TICK:
             self._answers.flush()
+            for late in self._mailbox.expired(now):
+                why = f"{late.method}: its time is over, and {running.method} runs for {now - since:.3f} s"
+                self._answers.refused(late, Overloaded(why, details={"name": self._identity.name}))
         self._stalls.look(now, since, f"{self._identity.name}: {running.method if running else 'the daemon'}")
         return BUSY_TICK if since is not None or len(self._mailbox) else IDLE_TICK
 

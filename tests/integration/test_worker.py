@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from node_agent import attachment
 from registry.clock import SYSTEM_CLOCK
 from registry.v1 import messages_pb2
 from tests.support.worker import WITHIN, Desk
@@ -283,11 +284,29 @@ async def test_a_request_whose_time_is_up_is_not_started(desk: Desk) -> None:
     waiting = worker.ask("hold")
     await worker.until_handling("hold")
     late = await worker.ask("count", timeout=0.02)
-    assert late.error.outcome == UNKNOWN
+    assert late.error.outcome in (UNKNOWN, REFUSED)
     await worker.cast("remember", '{"what": "kept"}')
     desk.gate.let_one_pass()
     await waiting
     assert await worker.call("remembered") == ["kept"], "the late one was cancelled"
+
+
+async def test_a_request_whose_time_ends_in_the_mailbox_is_refused_while_its_caller_listens(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, worker = await desk.ready("Probe")
+    waiting = worker.ask("hold")
+    await worker.until_handling("hold")
+    monkeypatch.setattr(attachment, "KEPT_SHARE", 0.999)
+    monkeypatch.setattr(attachment, "KEPT", WITHIN)
+    late, keyed = worker.ask("count"), worker.ask("count", key="count")
+    for answer in (await late, await keyed):
+        assert (answer.error.reason, answer.error.outcome) == (messages_pb2.REASON_OVERLOADED, REFUSED)
+        assert "its time is over, and hold runs for" in answer.error.message
+    monkeypatch.undo()
+    desk.gate.let_one_pass()
+    assert json.loads((await waiting).json) == "let go"
+    assert await worker.call("count", key="count") == 1, "the late ones were not executed"
 
 
 async def test_a_worker_past_its_deadline_handles_nothing(desk: Desk) -> None:
@@ -351,7 +370,7 @@ async def test_an_accepted_cast_is_handled_however_late(desk: Desk) -> None:
     await worker.until_handling("hold")
     await worker.cast("remember", '{"what": "late"}', timeout=0.05)
     expired = await worker.ask("echo", timeout=0.06)
-    assert expired.error.outcome == UNKNOWN, "so the time of the cast is over too"
+    assert expired.error.outcome in (UNKNOWN, REFUSED), "so the time of the cast is over too"
     desk.gate.let_one_pass()
     assert await worker.call("remembered") == ["late"]
 
