@@ -134,8 +134,9 @@ class Mailbox:
         """Remove and return what nobody waits for any more; looks at every message."""
         with self._lock:
             late = [message for message in self._queue if message.deadline < now]
-            for message in late:
-                self._remove(message)
+            if late:
+                self._queue = deque(message for message in self._queue if message.deadline >= now)
+                self._bytes -= sum(message.size for message in late)
             return late
 
     def discard(self, message: Message) -> bool:

@@ -158,3 +158,14 @@ def test_the_oldest_answers_go_when_there_are_too_many_or_they_are_too_large() -
     assert few.seen(message(9, key="k1"), 0.0) == answer("x" * 40)
     assert len(small) == 1
     assert small.seen(message(9, key="k2"), 0.0) == answer("x" * 40)
+
+
+def test_messages_nobody_waits_for_any_more_make_room() -> None:
+    mailbox = Mailbox(messages=3)
+    kept, *late = (Message("m", True, {}, deadline, size=10) for deadline in (5.0, 1.0, 2.0))
+    for message in (late[0], kept, late[1]):
+        mailbox.put(message)
+    assert mailbox.expired(3.0) == late
+    assert (len(mailbox), mailbox.waiting_bytes) == (1, 10)
+    assert mailbox.expired(3.0) == []
+    assert mailbox.take() is kept
