@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any
 
@@ -19,12 +18,12 @@ import grpc
 
 from node_agent import adoption
 from node_agent.attachment import WorkerSocket
+from node_agent.child_host import ChildHost
 from node_agent.holdings import Holdings, Persist
 from node_agent.lifecycle import Child
 from node_agent.local import Local
 from node_agent.membership import Membership, Restored
 from node_agent.postgres.fence import FenceRaiser
-from node_agent.restarts import RestartWindow
 from node_agent.services.cluster import Cluster
 from node_agent.services.remote import Remote
 from node_agent.services.supervision import Supervision
@@ -35,10 +34,10 @@ from node_agent.warden import protocol
 from node_agent.warden_link import WardenLink
 from node_agent.wishes import Wishes
 from registry import events, security
-from registry.clock import SYSTEM_CLOCK, Boottime, Clock
+from registry.clock import SYSTEM_CLOCK, Boottime
 from registry.config import AgentConfig, ConfigInvalid
 from registry.directory import Directory
-from registry.errors import Denied, StoreError
+from registry.errors import Denied
 from registry.etcd import EtcdStore
 from registry.names import Names
 from registry.nodes import NodeRecord, Nodes, NodeState
@@ -76,50 +75,6 @@ def make_store(config: AgentConfig) -> EtcdStore:
         password=password,
         canary=f"{cluster_prefix(config.cluster)}incarnation",
     )
-
-
-@dataclass
-class ChildHost:
-    """What children need of this agent (:class:`node_agent.lifecycle.Host`)."""
-
-    cluster: str
-    host: str
-    socket: str
-    link: WardenLink
-    fences: FenceRaiser
-    log: events.EventLog
-    conninfos: Mapping[str, str]
-    until: Callable[[], Boottime]
-    read_owner: Callable[[str], Awaitable[Owner | None]]
-    clock: Clock = SYSTEM_CLOCK
-    counted: dict[tuple[str, int], int] = field(default_factory=dict)
-
-    def emit(self, event: events.Event) -> None:
-        self.log(event)
-
-    def last_start(self, key: str, epoch: int) -> int:
-        return self.counted.get((key, epoch), 0)
-
-    def forget(self, key: str) -> None:
-        """Forget the counts of a name that has ended here: its next epoch starts at 1."""
-        for counted in [counted for counted in self.counted if counted[0] == key]:
-            del self.counted[counted]
-
-    def may_act_until(self) -> Boottime:
-        return self.until()
-
-    def started(self, child: Child, start: int) -> None:
-        self.counted[child.key, child.epoch] = start
-
-    async def still_owns(self, child: Child) -> bool:
-        try:
-            owner = await self.read_owner(child.key)
-        except StoreError:
-            return False
-        return owner is not None and owner.epoch == child.epoch
-
-    def note(self, child: Child, window: RestartWindow) -> None:
-        self.link.remember(adoption.child_key(child.key), adoption.child_note(child, window))
 
 
 class Agent:

@@ -20,8 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from node_agent import inbox
 from node_agent.attachment import Attachment
-from node_agent.postgres.fence import FenceRaiser, FenceUnavailable
+from node_agent.fencing import raise_once
+from node_agent.postgres.fence import FenceRaiser
 from node_agent.restarts import (
     SUPERSEDED_CODE,
     Again,
@@ -42,46 +44,8 @@ from registry import events
 from registry.clock import Boottime, Clock
 from registry.errors import Fenced
 
-FENCE_ATTEMPT = 5.0
-"""Seconds for one attempt to raise a fence in one database."""
 FENCE_RETRY = (0.2, 5.0)
 """First and longest pause between such attempts, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Exited:
-    how: protocol.Exited
-
-
-@dataclass(frozen=True, slots=True)
-class _Gone:
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Crashed:
-    worker: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Confirmed:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    why: str
-    kill: bool = False
-    again: bool = False
-
-
-_Message = _Exited | _Gone | _Ready | _Crashed | _Confirmed | _Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +113,7 @@ class Child:
         self.done = asyncio.Event()
         self._host = host
         self._window = window or RestartWindow(spec.intensity, spec.period)
-        self._inbox: asyncio.Queue[_Message] = asyncio.Queue()
+        self._inbox: asyncio.Queue[inbox.Message] = asyncio.Queue()
         self._on_change = on_change
         self._says_ready = False
         self._crash = ""
@@ -187,7 +151,7 @@ class Child:
 
     def stop(self, why: str, *, again: bool = False) -> None:
         """Run the stop stages; with ``again`` start a new process afterwards."""
-        self._inbox.put_nowait(_Stop(why, again=again))
+        self._inbox.put_nowait(inbox.Stop(why, again=again))
 
     def change(self, spec: ChildSpec, why: str) -> None:
         """Go on with another spec: stop, then start."""
@@ -199,19 +163,19 @@ class Child:
         """SIGKILL at once: it is not ours to run any more."""
         if self.process:
             self._host.link.kill(self.process.worker)
-        self._inbox.put_nowait(_Stop(why, kill=True))
+        self._inbox.put_nowait(inbox.Stop(why, kill=True))
 
     def confirm(self) -> None:
         """An adopted process is ours."""
-        self._inbox.put_nowait(_Confirmed())
+        self._inbox.put_nowait(inbox.Confirmed())
 
     def exited(self, how: protocol.Exited) -> None:
         """The warden has reaped its process."""
-        self._inbox.put_nowait(_Exited(how))
+        self._inbox.put_nowait(inbox.Exited(how))
 
     def gone(self, worker: str) -> None:
         """Nothing of its process is left."""
-        self._inbox.put_nowait(_Gone(worker))
+        self._inbox.put_nowait(inbox.Gone(worker))
 
     def attached(self, attachment: Attachment) -> None:
         """Its process is connected."""
@@ -227,11 +191,11 @@ class Child:
 
     def ready(self, worker: str) -> None:
         """Its process says that it serves."""
-        self._inbox.put_nowait(_Ready(worker))
+        self._inbox.put_nowait(inbox.Ready(worker))
 
     def crashed(self, worker: str, why: str) -> None:
         """Its process says why it is about to exit."""
-        self._inbox.put_nowait(_Crashed(worker, why))
+        self._inbox.put_nowait(inbox.Crashed(worker, why))
 
     def detached(self, attachment: Attachment | None) -> None:
         """A connection of its process ended; the process may live, and may have another one already."""
@@ -257,7 +221,7 @@ class Child:
             self.since = time.time()
             self._on_change(self)
 
-    async def _next_process(self) -> _Ended | _Stop:
+    async def _next_process(self) -> _Ended | inbox.Stop:
         self.obstacle = ""
         self._enter(State.FENCING)
         start = self._host.last_start(self.key, self.epoch) + 1
@@ -282,56 +246,29 @@ class Child:
         self._host.emit(events.WorkerStarted(name=self.key, pid=answer.pid, start=start))
         return await self._live(replace(self.process, pid=answer.pid))
 
-    async def _fence(self, database: str, start: int) -> _Ended | _Stop | None:
+    async def _fence(self, database: str, start: int) -> _Ended | inbox.Stop | None:
         """Raise the token in one database; return what ended the attempt if it was not raised."""
         pause, longest = FENCE_RETRY
         while True:
             try:
-                raised = await self._host.fences.raise_fence(
-                    database,
-                    self.key,
-                    self.epoch,
-                    start,
-                    node=self._host.host,
-                    timeout=FENCE_ATTEMPT,
-                    confirm=lambda: self._host.still_owns(self),
-                )
+                obstacle = await raise_once(self, self._host, database, start)
             except Fenced as error:
                 return _Ended(Exit.SUPERSEDED, error.message)
-            except FenceUnavailable as error:
-                if self.obstacle != (why := f"fence in database {database}: {error}"):
-                    self.obstacle = why
-                    self._host.emit(
-                        events.FenceFailed(
-                            name=self.key, database=database, epoch=self.epoch, start=start, why=str(error)
-                        )
-                    )
-            else:
-                self.obstacle = ""
-                ended = f"; ended {', '.join(raised.ended)}" if raised.ended else ""
-                self._host.emit(
-                    events.FenceRaised(
-                        name=self.key,
-                        database=database,
-                        epoch=self.epoch,
-                        start=start,
-                        milliseconds=raised.milliseconds,
-                        ended=ended,
-                    )
-                )
+            self.obstacle = obstacle
+            if not obstacle:
                 return None
             if (stop := await self._stop_within(pause)) is not None:
                 return stop
             pause = min(pause * 2, longest)
 
-    async def _live(self, process: Process, *, adopted: bool = False) -> _Ended | _Stop:
+    async def _live(self, process: Process, *, adopted: bool = False) -> _Ended | inbox.Stop:
         """Accompany a process from its start until nothing of it is left, and it is known to be ours."""
         clock, link = self._host.clock, self._host.link
         self.process = process
         self._on_change(self)
         confirmed, gone = not adopted, False
         exited: protocol.Exited | None = None
-        stop: _Stop | None = None
+        stop: inbox.Stop | None = None
         stages: deque[StopStage] = deque()
         next_stage: Boottime | None = None
         served_from: Boottime | None = None
@@ -345,29 +282,29 @@ class Child:
             wakes = [next_stage, ready_at if waiting else None, overdue_at if waiting else None]
             message = await self._next(min((at for at in wakes if at is not None), default=None))
             match message:
-                case _Confirmed() if running or exited:
+                case inbox.Confirmed() if running or exited:
                     confirmed = True
                     if running:
                         self._enter(State.STARTING)
                         self._host.emit(events.WorkerAdopted(name=self.key, pid=process.pid))
-                case _Ready(worker) if worker == process.worker:
+                case inbox.Ready(worker) if worker == process.worker:
                     self._says_ready = True
-                case _Crashed(worker, why) if worker == process.worker:
+                case inbox.Crashed(worker, why) if worker == process.worker:
                     self._crash = why
-                case _Exited(how) if how.worker == process.worker:
+                case inbox.Exited(how) if how.worker == process.worker:
                     exited = how
                     next_stage = None
                     self.last_exit = self._words(how)
                     self._host.emit(events.WorkerExited(name=self.key, pid=process.pid, how=self.last_exit))
-                case _Gone(worker) if worker == process.worker:
+                case inbox.Gone(worker) if worker == process.worker:
                     gone = True
-                case _Stop() if stop is None or (message.kill and not stop.kill):
+                case inbox.Stop() if stop is None or (message.kill and not stop.kill):
                     stop = message
                     self._host.emit(events.WorkerStopping(name=self.key, why=message.why))
                     self._enter(State.STOPPING)
                     stages = deque() if message.kill else deque(self.spec.stop)
                     next_stage = clock.now() if exited is None else None
-                case _Stop(again=False) if stop is not None and stop.again:
+                case inbox.Stop(again=False) if stop is not None and stop.again:
                     # It is on its way already, and is not wanted any more after that.
                     stop = message
                 case None if waiting and overdue_at is not None and clock.now() >= overdue_at:
@@ -422,9 +359,9 @@ class Child:
         ending = signal_name(how.signal) if how.signal else f"exit code {how.code}"
         return f"{ending} ({self._crash})" if self._crash else ending
 
-    async def _goes_on_after(self, end: _Ended | _Stop) -> bool:
+    async def _goes_on_after(self, end: _Ended | inbox.Stop) -> bool:
         """Decide what follows a process, and wait for it; False: an end state was entered."""
-        if isinstance(end, _Stop):
+        if isinstance(end, inbox.Stop):
             return self._goes_on_after_stop(end)
         now, rolled = self._host.clock.now(), random.random()
         decision = decide(self.spec.restart, end.exit, self._window, now, rolled, healthy_for=end.healthy_for)
@@ -459,14 +396,14 @@ class Child:
                 self._enter(State.SUPERSEDED if end.exit is Exit.SUPERSEDED else State.FINISHED)
         return False
 
-    def _goes_on_after_stop(self, stop: _Stop) -> bool:
+    def _goes_on_after_stop(self, stop: inbox.Stop) -> bool:
         if stop.again:
             return True
         self.obstacle = stop.why
         self._enter(State.SUPERSEDED if stop.kill else State.STOPPED)
         return False
 
-    async def _next(self, until: Boottime | None) -> _Message | None:
+    async def _next(self, until: Boottime | None) -> inbox.Message | None:
         """Return the next message, or None at ``until``."""
         if until is None:
             return await self._inbox.get()
@@ -476,19 +413,19 @@ class Child:
         except TimeoutError:
             return None
 
-    def _asked_to_stop(self) -> _Stop | None:
+    def _asked_to_stop(self) -> inbox.Stop | None:
         """Return the stop that has arrived while no process ran; nothing else in the inbox counts then."""
-        asked: _Stop | None = None
+        asked: inbox.Stop | None = None
         while not self._inbox.empty():
             message = self._inbox.get_nowait()
-            if isinstance(message, _Stop) and (asked is None or asked.again or message.kill):
+            if isinstance(message, inbox.Stop) and (asked is None or asked.again or message.kill):
                 asked = message
         return asked
 
-    async def _stop_within(self, seconds: float) -> _Stop | None:
+    async def _stop_within(self, seconds: float) -> inbox.Stop | None:
         """Wait for a stop, at most so long; other messages here are of processes that are gone."""
         until = self._host.clock.now() + seconds
         while (message := await self._next(until)) is not None:
-            if isinstance(message, _Stop):
+            if isinstance(message, inbox.Stop):
                 return message
         return None

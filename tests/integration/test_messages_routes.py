@@ -153,4 +153,4 @@ async def test_owner_that_is_about_to_stop_makes_the_client_ask_home() -> None:
             await until(lambda: alpha.router.waiting == 1)
             late = asyncio.ensure_future(client.call("list", "add", 3))
             await herd.serve("list", gamma)
-            assert await asyncio.gather(waits, late) == [2, 3]
+            assert list(await asyncio.gather(waits, late)) == [2, 3]
