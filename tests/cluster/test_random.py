@@ -98,7 +98,13 @@ class Chaos:
     async def kill_host(self) -> None:
         host = self.host()
         await host.kill()
-        self.undo.append(host.start)
+        self.undo.append(lambda: self.revive(host))
+
+    @staticmethod
+    def revive(host: Host) -> None:
+        """Start a host again, unless another fault's end has done it already."""
+        if not host.running:
+            host.start()
 
     async def stop_agent(self) -> None:
         pids = await self.pids(self.host())
@@ -114,7 +120,7 @@ class Chaos:
         if pids:
             await self._stop(pids["launcher"], pids["warden"], pids["agent"])
             # Its timer ends it; and whoever started it starts it again.
-            self.undo.append(lambda: None if host.running else host.start())
+            self.undo.append(lambda: self.revive(host))
 
     async def _stop(self, *pids: int) -> None:
         with suppress(ProcessLookupError):

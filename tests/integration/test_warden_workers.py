@@ -246,6 +246,7 @@ async def test_a_daemon_that_one_worker_left_behind_survives_the_end_of_another(
     daemon = token()
     await agent.started(shell("keeper", f"setsid sh -c 'sleep {daemon} &'; echo up; exec sleep {token()}"))
     await agent.output("keeper", "up")
+    await until(lambda: bool(running(daemon)))
     (pid,) = running(daemon)
     await agent.started(shell("other", "exit 0"))
     assert isinstance(await agent.next(), protocol.Exited)

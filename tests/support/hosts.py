@@ -99,6 +99,7 @@ class Host:
 
     def start(self) -> None:
         """Start the launcher; :meth:`ready` tells when the host is a member."""
+        assert not self.running, f"host {self.name} runs"
         argv = [sys.executable, "-P", "-m", "node_agent.launcher", *self.options, "-c", str(self.config)]
         self.process = Process.spawn(
             argv, log=self.log, directory=self.directory, environment={**os.environ, "PYTHONUNBUFFERED": "1"}
