@@ -322,12 +322,6 @@ class WorkerGaveUp(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerKilledByDeadline(Event):
-    level = logging.ERROR
-    text = "{name}: killed by the warden, its lease was not renewed in time"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SpecChanged(Event):
     text = "{name}: spec {what} by {who}"
     what: str

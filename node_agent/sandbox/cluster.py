@@ -219,10 +219,10 @@ class Sandbox:
             raise ServerFailed(f"pgherd {' '.join(arguments)}: {errors.decode(errors='replace').strip()}")
         return output.decode()
 
-    def last_words(self, lines: int = 10) -> str:
+    def last_words(self) -> str:
         """Return the end of every host's log."""
         tails = [
-            f"-- {host.log}\n{host.process.tail(lines)}"
+            f"-- {host.log}\n{host.process.tail(10)}"
             for host in self.hosts.values()
             if host.process is not None and host.log.exists()
         ]

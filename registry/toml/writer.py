@@ -42,6 +42,6 @@ def _string(text: str) -> str:
     return '"' + _SPECIAL.sub(lambda found: _ESCAPES.get(found[0], f"\\u{ord(found[0]):04x}"), text) + '"'
 
 
-def pairs(table: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    """Yield ``key = value`` lines, the key behind ``prefix``."""
-    return (f"{prefix}{key_text(key)} = {value_text(value)}" for key, value in table.items())
+def pairs(table: Mapping[str, object]) -> Iterator[str]:
+    """Yield ``key = value`` lines."""
+    return (f"{key_text(key)} = {value_text(value)}" for key, value in table.items())
