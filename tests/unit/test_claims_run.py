@@ -38,6 +38,8 @@ class Scene:
         self.held: set[str] = set()
         self.said: list[events.Event] = []
         self.leaves_when_it_claims = False
+        self.known_gone = True
+        self.silent_until = 0.0
         self.answers = asyncio.Event()
         self.answers.set()
 
@@ -65,7 +67,7 @@ class Scene:
             host="alpha", node=NODE, lease=lease.id, directory=self.directory,
             names=_Names(self), wishes=Wishes(()), clock=self.clock, emit=self.said.append,
             held=self.held.__contains__, granted=self._granted, confirm=self._gone,
-            silent_until=lambda owner: 0.0,
+            silent_until=lambda owner: self.silent_until,
         )  # fmt: skip
         tasks = [asyncio.create_task(self.directory.run()), asyncio.create_task(claims.run())]
         try:
@@ -82,7 +84,7 @@ class Scene:
         self.held.add(ownership.name)
 
     async def _gone(self, owner: Owner) -> bool:
-        return True
+        return self.known_gone
 
 
 class _Names(Names):
@@ -118,6 +120,25 @@ async def test_a_name_that_was_freed_while_etcd_was_silent_is_claimed(scene: Sce
         scene.store.resume()
         await asyncio.sleep(5)
         assert scene.directory.in_sync
+        assert scene.granted == ["ticker"]
+
+
+async def test_an_owner_that_nobody_can_confirm_gone_is_waited_for_until_it_must_be_silent(
+    scene: Scene,
+) -> None:
+    scene.known_gone = False
+    scene.wish("ticker")
+    scene.owned_elsewhere("ticker")
+    async with scene.claiming():
+        await asyncio.sleep(1)
+        scene.silent_until = scene.clock.now() + 10
+        scene.store.delete(f"{PREFIX}names/ticker")
+        await asyncio.sleep(9)
+        assert scene.granted == []
+        assert [event.why for event in scene.said if isinstance(event, events.ClaimLost)] == [
+            "waiting 10.0 s for beta to fall silent"
+        ]
+        await asyncio.sleep(3)
         assert scene.granted == ["ticker"]
 
 
